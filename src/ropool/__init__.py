@@ -1,0 +1,22 @@
+"""Rotate query and key heads (RoPE) and write keys and values into the paged KV pool, in one memory
+pass."""
+
+from ropool.dispatch import NoKernelError
+from ropool.layouts import KVLayout
+from ropool.ops import rope_, rope_store_kv_, rope_store_mla_, store_kv_, store_mla_
+from ropool.ops._explain import Explanation, explain
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Explanation",
+    "KVLayout",
+    "NoKernelError",
+    "__version__",
+    "explain",
+    "rope_",
+    "rope_store_kv_",
+    "rope_store_mla_",
+    "store_kv_",
+    "store_mla_",
+]

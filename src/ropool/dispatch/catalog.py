@@ -1,0 +1,36 @@
+"""The kernels that come with ropool."""
+
+from __future__ import annotations
+
+from ropool.dispatch.registry import OPS, register, register_backend
+from ropool.dispatch.spec import BackendSpec, KernelSpec
+
+ANY_DEVICE = ("cpu", "cuda", "hip", "xpu", "mps")
+
+
+def register_all() -> None:
+    """Register the built-in backends and kernels; no backend is imported."""
+    register_backend(BackendSpec("cpu", "ropool.backends.cpu:available"))
+    register_backend(BackendSpec("reference", "ropool.backends.reference:available"))
+    for op in OPS:
+        register(
+            KernelSpec(
+                op=op,
+                name=op.rstrip("_"),
+                backend="cpu",
+                target=f"ropool.backends.cpu.launch:{op}",
+                devices=("cpu",),
+                supports="ropool.backends.cpu:supports",
+                priority=100,
+            )
+        )
+        register(
+            KernelSpec(
+                op=op,
+                name=op.rstrip("_"),
+                backend="reference",
+                target=f"ropool.backends.reference.launch:{op}",
+                devices=ANY_DEVICE,
+                supports="ropool.backends.reference:supports",
+            )
+        )

@@ -1,0 +1,204 @@
+"""The way from a public function to a kernel, the same for every op.
+
+An eager call costs one dictionary look-up: everything that can be decided from metadata
+(validation, the key, the kernel, its bound launch) is decided on the first call with a given
+signature and remembered. A call that PyTorch has to see (compilation, fake tensors, tracing,
+profiling) goes through the registered torch op, whose kernel is the same path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ropool.dispatch import cache
+from ropool.dispatch.key import Key, Options
+from ropool.dispatch.select import KernelReport, explain, select
+from ropool.dispatch.settings import current
+from ropool.dispatch.spec import Device, load
+from ropool.layouts import KVLayout
+from ropool.ops._device import device_of
+
+Args = tuple[Tensor | None, ...]
+
+_LIBRARY = torch.library.Library("ropool", "DEF")
+
+_is_compiling = torch.compiler.is_compiling
+_modes = torch._C._len_torch_dispatch_stack
+_profiling = torch.autograd._profiler_enabled
+_tracing = torch._C._get_tracing_state
+_transforms = torch._C._functorch.peek_interpreter_stack
+_grad_enabled = torch.is_grad_enabled
+
+
+def _nothing(args: Args) -> None:
+    """The launch of a call with no tokens."""
+
+
+OVERLOADS = {
+    (False, False): "",
+    (False, True): "q_out",
+    (True, False): "write_k",
+    (True, True): "q_out_write_k",
+}
+"""`(write_k, q_out given)` -> overload of the torch op, for the ops that have both options."""
+
+
+class Op:
+    """One op: its name, its tensors in the order in which kernels get them, and how a call is
+    validated and keyed.
+
+    `tensors` names them, optional ones with a `?` behind; the first has a row a token. `key(args,
+    options)` validates a call and returns its `Key`; `check(args, options)` does the checks of
+    `ROPOOL_CHECK`. `schemas` has a torch schema for each overload, since a schema must say exactly
+    which arguments are written.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        tensors: tuple[str, ...],
+        options: tuple[str, ...],
+        schemas: dict[str, str],
+        key: Callable[[Args, Options], Key],
+        check: Callable[[Args, Options], None],
+    ) -> None:
+        self.name = name
+        self.tensors = tuple(tensor.rstrip("?") for tensor in tensors)
+        self._required = tuple(not tensor.endswith("?") for tensor in tensors)
+        self.option_names = options
+        self._key = key
+        self._check = check
+        for overload, schema in schemas.items():
+            qualified = f"{name}.{overload}" if overload else name
+            _LIBRARY.define(qualified + " ".join(schema.split()))
+            _LIBRARY.impl(qualified, self._run_registered, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"ropool::{qualified}", self._run_fake, lib=_LIBRARY)
+        packet = getattr(torch.ops.ropool, name)
+        self._overloads = {overload: getattr(packet, overload or "default") for overload in schemas}
+
+    def __call__(
+        self, args: Args, options: tuple[Any, ...], backend: str | None, overload: str = ""
+    ) -> None:
+        """Run the op on `args`; `options` are in the order of `option_names`."""
+        if _is_compiling() or self._seen_by_torch(args[0]):
+            self._overloads[overload](*args, *options, backend)
+            return
+        self._run(args, options, backend)
+
+    @staticmethod
+    def _seen_by_torch(first: Tensor | None) -> bool:
+        """Whether PyTorch has to see this call; plain tensors outside of any mode need not."""
+        return bool(
+            (
+                type(first) is not Tensor
+                and isinstance(first, Tensor)
+                and type(first) is not torch.nn.Parameter
+            )
+            or _modes()
+            or _profiling()
+            or _transforms() is not None
+            or _tracing() is not None
+        )
+
+    def _run(self, args: Args, options: tuple[Any, ...], backend: str | None) -> None:
+        try:
+            signature = (
+                self.name,
+                backend,
+                options,
+                _grad_enabled(),
+                *[
+                    None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
+                    for t in args
+                ],
+            )
+            launch = cache.launches.get(signature)
+        except (AttributeError, TypeError):
+            self._check_types(args, options, backend)
+            raise
+        if launch is None:
+            launch = self._bind(args, options, backend)
+            cache.keep(signature, launch)
+        launch(args)
+
+    def _bind(self, args: Args, options: tuple[Any, ...], backend: str | None) -> cache.Launch:
+        """Validate a call and find its launch."""
+        self._check_types(args, options, backend)
+        named = self._options(options)
+        key = self._key(args, named)
+        if _grad_enabled():
+            for name, tensor in zip(self.tensors, args, strict=True):
+                if tensor is not None and tensor.requires_grad:
+                    raise RuntimeError(
+                        f"ropool.{self.name}: {name} requires grad, but the op has no backward; "
+                        "call it under torch.no_grad() or torch.inference_mode()"
+                    )
+        device = args[0].device  # type: ignore[union-attr]
+        if device.type == "meta":
+            return _nothing
+        spec = select(self.name, device_of(device), key, backend)
+        if args[0].shape[0] == 0:  # type: ignore[union-attr]
+            return _nothing
+        launch: cache.Launch = load(spec.target)(key, args, named)
+        cache.chosen[self.name] = spec.label
+        if not current().check:
+            return launch
+
+        def checked(args: Args) -> None:
+            self._check(args, named)
+            launch(args)
+
+        return checked
+
+    def explain(
+        self, args: Args, options: tuple[Any, ...], backend: str | None
+    ) -> list[KernelReport]:
+        """Every kernel of this op, with chosen or why not for this call."""
+        self._check_types(args, options, backend)
+        key = self._key(args, self._options(options))
+        device: Device = device_of(args[0].device)  # type: ignore[union-attr]
+        return explain(self.name, device, key, backend)
+
+    def _options(self, options: tuple[Any, ...]) -> Options:
+        named = Options(**dict(zip(self.option_names, options, strict=True)))
+        if named.layout is None:
+            return named
+        try:
+            return named._replace(layout=KVLayout(named.layout))
+        except ValueError:
+            known = ", ".join(KVLayout)
+            raise ValueError(
+                f"ropool.{self.name}: layout is {named.layout!r}; known: {known}"
+            ) from None
+
+    def _check_types(self, args: Args, options: tuple[Any, ...], backend: str | None) -> None:
+        for name, required, value in zip(self.tensors, self._required, args, strict=True):
+            if not isinstance(value, Tensor) and (required or value is not None):
+                raise TypeError(
+                    f"ropool.{self.name}: {name} must be a torch.Tensor, got {type(value).__name__}"
+                )
+        if backend is not None and not isinstance(backend, str):
+            raise TypeError(
+                f"ropool.{self.name}: backend must be a str or None, got {type(backend).__name__}"
+            )
+
+    def _run_registered(self, *values: Any) -> None:
+        self._run(*self._split(values))
+
+    def _run_fake(self, *values: Any) -> None:
+        args, options, backend = self._split(values)
+        self._check_types(args, options, backend)
+        self._key(args, self._options(options))
+
+    def _split(self, values: tuple[Any, ...]) -> tuple[Args, tuple[Any, ...], str | None]:
+        """The torch op's arguments as tensors, options and backend; lists become hashable."""
+        count = len(self.tensors)
+        options = tuple(
+            tuple(value) if isinstance(value, list) else value for value in values[count:-1]
+        )
+        return values[:count], options, values[-1]
