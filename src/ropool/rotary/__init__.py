@@ -1,0 +1,29 @@
+"""Rotary position embeddings: configs, frequencies, and the tables the rotating ops read."""
+
+from ropool.rotary.config import RotaryConfig
+from ropool.rotary.embedding import RotaryEmbedding
+from ropool.rotary.frequencies import attention_factor, inv_freq, length_range
+from ropool.rotary.scaling import (
+    DynamicNTKScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    ProportionalScaling,
+    YarnScaling,
+)
+from ropool.rotary.table import cos_sin_cache
+
+__all__ = [
+    "DynamicNTKScaling",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRopeScaling",
+    "ProportionalScaling",
+    "RotaryConfig",
+    "RotaryEmbedding",
+    "YarnScaling",
+    "attention_factor",
+    "cos_sin_cache",
+    "inv_freq",
+    "length_range",
+]
