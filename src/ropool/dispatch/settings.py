@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import EllipsisType
 
 from ropool.dispatch import cache, registry
 
@@ -45,7 +46,7 @@ def current() -> Settings:
 
 @contextmanager
 def override(
-    *, backend: str | type(...) | None = ..., check: bool | None = None
+    *, backend: str | EllipsisType | None = ..., check: bool | None = None
 ) -> Iterator[Settings]:
     """Use other settings within a `with` block, in every thread of the process; options not given
     stay as they are."""

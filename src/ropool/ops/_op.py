@@ -28,7 +28,7 @@ _LIBRARY = torch.library.Library("ropool", "DEF")
 
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
-_profiling = torch.autograd._profiler_enabled
+_profiling = torch._C._autograd._profiler_enabled
 _tracing = torch._C._get_tracing_state
 _transforms = torch._C._functorch.peek_interpreter_stack
 _grad_enabled = torch.is_grad_enabled
