@@ -1,0 +1,139 @@
+"""`ropool doctor`: the machine, the backends, and for each op every kernel with chosen or why
+not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+import ropool
+from ropool import dispatch
+from ropool.cli import probes
+from ropool.dispatch import settings
+from ropool.ops._device import device_of
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the options of `ropool doctor`."""
+    parser = subparsers.add_parser(
+        "doctor",
+        help="report this machine, the backends, and the kernel chosen for each op",
+        description=__doc__,
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report. A probe that fails is part of it, so the exit code is always 0."""
+    found = report()
+    print(json.dumps(found, indent=2) if args.json else as_text(found))
+    return 0
+
+
+def report() -> dict[str, Any]:
+    """The whole report in plain values, as `--json` prints it."""
+    machine = probes.machine()
+    return {
+        "ropool": ropool.__version__,
+        "machine": machine,
+        "settings": probes.guarded(current_settings),
+        "backends": [backend(spec.name) for spec in dispatch.backends()],
+        "kernels": [
+            kernel
+            for device in devices(machine["accelerators"])
+            for op in dispatch.OPS
+            for kernel in kernels(op, device)
+        ],
+    }
+
+
+def current_settings() -> dict[str, Any]:
+    """The settings in force, by the name of their environment variable."""
+    current = settings.current()
+    return {"ROPOOL_BACKEND": current.backend, "ROPOOL_CHECK": current.check}
+
+
+def backend(name: str) -> dict[str, Any]:
+    """Whether a backend can be used in this process, or why not and what to do about it."""
+    reason = probes.guarded(lambda: dispatch.unavailable(name))
+    hint = probes.guarded(probes.how_to_build) if name == "cpu" and reason else None
+    return {"backend": name, "available": reason is None, "reason": reason, "hint": hint}
+
+
+def devices(accelerators: Any) -> list[str]:
+    """The CPU and one device of each kind of accelerator."""
+    found = {"cpu": "cpu"}
+    for accelerator in accelerators if isinstance(accelerators, list) else []:
+        found.setdefault(accelerator["device"].partition(":")[0], accelerator["device"])
+    return list(found.values())
+
+
+def kernels(op: str, device: str) -> list[dict[str, Any]]:
+    """Every kernel of `op` for `device`, the most preferred first."""
+    try:
+        reports = dispatch.explain(op, device_of(torch.device(device)), None)
+    except Exception as error:
+        reason = f"unknown ({type(error).__name__}: {error})"
+        labels = [(spec.label, False, reason) for spec in dispatch.kernels(op)]
+    else:
+        labels = [(entry.kernel.label, entry.chosen, entry.reason) for entry in reports]
+    return [
+        {"device": device, "op": op, "kernel": label, "chosen": chosen, "reason": reason or None}
+        for label, chosen, reason in labels
+    ]
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The report for a terminal."""
+    lines = [f"ropool {found['ropool']}", "", "machine"]
+    lines += table([(name, shown(value)) for name, value in found["machine"].items()])
+    lines += ["", "settings"]
+    current = found["settings"]
+    rows = current.items() if isinstance(current, dict) else [("settings", current)]
+    lines += table([(name, shown(value)) for name, value in rows])
+    lines += ["", "backends"]
+    for entry in found["backends"]:
+        state = "available" if entry["available"] else f"not available: {entry['reason']}"
+        lines += table([(entry["backend"], state)])
+        if entry["hint"]:
+            lines.append(f"    {entry['hint']}")
+    for device in dict.fromkeys(entry["device"] for entry in found["kernels"]):
+        lines += ["", f"kernels on {device}"]
+        lines += table(
+            [
+                (entry["op"], entry["kernel"], "chosen" if entry["chosen"] else entry["reason"])
+                for entry in found["kernels"]
+                if entry["device"] == device
+            ]
+        )
+    return "\n".join(lines)
+
+
+def shown(value: Any) -> str:
+    """A value of the report in words."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {item or '-'}" for name, item in value.items())
+    if isinstance(value, list):
+        items = [" ".join(item.values()) for item in value]
+        return ", ".join(items) or "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return "not set" if value is None else str(value)
+
+
+def table(rows: list[tuple[str, ...]]) -> list[str]:
+    """The rows with their columns aligned and the repeated first column left out."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
+    widths[:1] = [max(widths[0], 14)] if widths else []
+    lines = []
+    before = ""
+    for row in rows:
+        first = "" if row[0] == before else row[0]
+        before = row[0]
+        cells = [first, *row[1:]]
+        padded = [f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=False)]
+        lines.append("  " + "  ".join([*padded, cells[-1]]).rstrip())
+    return lines
