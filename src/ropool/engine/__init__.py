@@ -1,0 +1,7 @@
+"""A small engine: continuous batching over one KV pool."""
+
+from ropool.engine.engine import Engine, Event, Throughput
+from ropool.engine.request import FinishReason, Request, SamplingParams
+from ropool.engine.spec import ModelSpec
+
+__all__ = ["Engine", "Event", "FinishReason", "ModelSpec", "Request", "SamplingParams", "Throughput"]

@@ -1,0 +1,156 @@
+"""The KV cache of one model: the pool that each layer uses, and the pages that each request holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ropool.engine.spec import ModelSpec
+from ropool.errors import RopoolError
+from ropool.kvcache import MHAPool, SlotAllocator, WindowMap
+
+PAGE_SIZE = 16
+
+
+class LayerCache(NamedTuple):
+    """The pool tensors of one layer, as `rope_store_kv_` takes them."""
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    window_slot_map: Tensor | None
+
+
+@dataclass
+class PageTable:
+    """The pages of one request, in the order of its tokens."""
+
+    pages: list[int] = field(default_factory=list)
+    first_backed: int = 0
+    """Index of the first page that is still inside the sliding window."""
+
+
+class KVCache:
+    """Owns the pools of a model and gives their pages to requests.
+
+    Layers with a sliding window share a smaller pool with room for `max_requests` windows and a step's chunks; one
+    request always fits.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        pool_tokens: int,
+        max_requests: int,
+        max_batch_tokens: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if pool_tokens < 1:
+            raise RopoolError(f"pool of {pool_tokens} tokens; it must hold at least 1")
+        pages = -(-pool_tokens // PAGE_SIZE)
+        self.spec = spec
+        self.allocator = SlotAllocator(pages, PAGE_SIZE)
+        self.window = _window(spec)
+        self.window_map: WindowMap | None = None
+        self._fresh: list[int] = []
+
+        def pool(layers: int, pages: int) -> MHAPool:
+            return MHAPool(
+                layers=layers,
+                pages=pages,
+                page_size=PAGE_SIZE,
+                heads=spec.heads_kv,
+                head_dim=spec.head_dim,
+                dtype=dtype or spec.dtype,
+                device=spec.device,
+            )
+
+        windowed = sum(window is not None for window in spec.windows)
+        self.pools: dict[bool, MHAPool] = {}
+        if windowed < len(spec.windows):
+            self.pools[False] = pool(len(spec.windows) - windowed, pages)
+        if self.window is not None:
+            # A window touches one page more than it fills, and so does the chunk after it.
+            window_pages = max_requests * (self.allocator.pages_for(self.window) + 2)
+            window_pages = min(pages, window_pages + self.allocator.pages_for(max_batch_tokens))
+            self.pools[True] = pool(windowed, window_pages)
+            self.window_map = WindowMap(
+                full_pages=pages,
+                window_pages=window_pages,
+                page_size=PAGE_SIZE,
+                device=spec.device,
+            )
+        self.layers = self._layer_caches(spec)
+
+    def _layer_caches(self, spec: ModelSpec) -> list[LayerCache]:
+        layers = []
+        seen = {False: 0, True: 0}
+        for window in spec.windows:
+            kind = window is not None
+            pool, layer = self.pools[kind], seen[kind]
+            slot_map = self.window_map.slot_map if kind and self.window_map else None
+            layers.append(LayerCache(pool.k(layer), pool.v(layer), *pool.scales(layer), slot_map))
+            seen[kind] += 1
+        return layers
+
+    def reserve(self, table: PageTable, start: int, end: int) -> bool:
+        """Make the slots of tokens `start` to `end` writable, and let go of what no token from `start` on can see.
+        Return whether there was room; when not, no page was taken."""
+        needed = self.allocator.pages_for(end) - len(table.pages)
+        if self.window_map is not None and self.window is not None:
+            first = max(start - self.window + 1, 0) // PAGE_SIZE
+            self.window_map.release(table.pages[table.first_backed : first])
+            table.first_backed = max(table.first_backed, min(first, len(table.pages)))
+            if needed > self.window_map.allocator.free_pages:
+                return False
+        if needed > self.allocator.free_pages:
+            return False
+        if needed > 0:
+            taken = self.allocator.allocate(needed)
+            table.pages += taken
+            self._fresh += taken
+            if self.window_map is not None:
+                self.window_map.back(taken)
+        return True
+
+    def readable(self, table: PageTable, end: int, windowed: bool) -> tuple[list[int], int]:
+        """The pages of the full or the window pool that hold a request's tokens up to `end`, and the position of the
+        first row of the first page."""
+        pages = table.pages[: self.allocator.pages_for(end)]
+        if not windowed or self.window_map is None:
+            return pages, 0
+        first = table.first_backed
+        return [self.window_map.window_page(page) for page in pages[first:]], first * PAGE_SIZE
+
+    def release(self, table: PageTable) -> None:
+        """Take back every page of a request."""
+        if self.window_map is not None:
+            self.window_map.release(table.pages[table.first_backed :])
+        self.allocator.free(table.pages)
+        table.pages = []
+        table.first_backed = 0
+
+    def clear_fresh(self) -> None:
+        """Zero the pages handed out since the last call; called before they are written."""
+        # A page may have been taken and given back (preemption) in between, or taken twice.
+        fresh, self._fresh = sorted(set(self._fresh)), []
+        if not fresh:
+            return
+        if False in self.pools:
+            self.pools[False].clear(fresh)
+        if self.window_map is not None:
+            backing = [self.window_map.window_page(page) for page in fresh]
+            if backed := [page for page in backing if page >= 0]:
+                self.pools[True].clear(backed)
+
+
+def _window(spec: ModelSpec) -> int | None:
+    windows = sorted({window for window in spec.windows if window is not None})
+    if len(windows) > 1:
+        raise RopoolError(f"the model's layers have different sliding windows, {windows}; one is covered")
+    return windows[0] if windows else None

@@ -1,0 +1,185 @@
+"""The engine: requests in, text out, one step at a time."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ropool.engine.cache import KVCache
+from ropool.engine.detokenizer import Detokenizer
+from ropool.engine.model import CausalModel, Tokenizer
+from ropool.engine.request import FinishReason, Request, SamplingParams
+from ropool.engine.sampling import sample
+from ropool.engine.scheduler import Scheduler
+from ropool.engine.step import Span, build_step
+from ropool.errors import RopoolError
+
+
+@dataclass(frozen=True)
+class Event:
+    """One more token of a request, with the text that became certain with it."""
+
+    request: Request
+    token: int
+    text: str
+
+
+@dataclass
+class Throughput:
+    """Tokens computed and the time it took. Steps that work on a prompt count as prefill, all others as decode."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class Engine:
+    """Generates text for any number of requests that share one pool of `pool_tokens` slots.
+
+    Args:
+        model: the model; its pools are allocated here.
+        tokenizer: makes text of tokens; without one requests have tokens only.
+        cache_dtype: float8_e4m3fn or float8_e5m2 for an fp8 pool (scale 1); the model's dtype by default.
+        max_requests: requests that run at once.
+        max_batch_tokens: tokens of one step; longer prompts are computed in chunks.
+
+    Not thread-safe: one thread adds, aborts and steps.
+    """
+
+    def __init__(
+        self,
+        model: CausalModel,
+        tokenizer: Tokenizer | None = None,
+        *,
+        pool_tokens: int,
+        cache_dtype: torch.dtype | None = None,
+        max_requests: int = 64,
+        max_batch_tokens: int = 512,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.cache = KVCache(
+            model.spec,
+            pool_tokens=pool_tokens,
+            max_requests=max_requests,
+            max_batch_tokens=max_batch_tokens,
+            dtype=cache_dtype,
+        )
+        self.scheduler = Scheduler(
+            self.cache, max_requests=max_requests, max_batch_tokens=max_batch_tokens
+        )
+        self.throughput = Throughput()
+        self._ids = itertools.count()
+
+    def add(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Request:
+        """Queue a prompt. Raises `RopoolError` when it can never be served: empty, longer than the model's context,
+        or, with its answer, larger than the pool."""
+        params = params or SamplingParams()
+        limit, slots = self.model.spec.max_position, self.cache.allocator.slots
+        if not prompt:
+            raise RopoolError("the prompt is empty: it has no token")
+        if len(prompt) >= limit:
+            raise RopoolError(
+                f"the prompt has {len(prompt)} tokens; the model's context holds {limit}, the answer included"
+            )
+        # The last token of an answer is never computed.
+        needed = min(len(prompt) + params.max_new_tokens, limit) - 1
+        if needed > slots:
+            raise RopoolError(
+                f"the pool has {slots} slots; a prompt of {len(prompt)} tokens with up to {params.max_new_tokens} "
+                f"new tokens needs {needed}"
+            )
+        detokenizer = Detokenizer(self.tokenizer) if self.tokenizer else None
+        request = Request(next(self._ids), list(prompt), params, detokenizer)
+        self.scheduler.add(request)
+        return request
+
+    def abort(self, request: Request) -> None:
+        """End a request now and take back its slots; nothing happens when it has ended already."""
+        if request.finish_reason is None:
+            self._finish(request, FinishReason.ABORT)
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that run or wait."""
+        return len(self.scheduler.running) + len(self.scheduler.waiting)
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Run one forward pass and return the tokens that came of it; none while only prompts are computed."""
+        started = time.perf_counter()
+        batch = self.scheduler.schedule()
+        if not batch:
+            return []
+        spans = []
+        for request, count in batch:
+            end = request.computed + count
+            tokens = request.tokens[request.computed : end]
+            spans.append(Span(tokens, request.computed, request.table, end == len(request.tokens)))
+        prefill = any(request.remaining > 1 for request, _ in batch)
+        logits = self.model.forward(build_step(spans, self.cache))
+        requests = [pair[0] for pair, span in zip(batch, spans, strict=True) if span.sample]
+        tokens = sample(logits, requests) if requests else []
+        for request, count in batch:
+            request.computed += count
+        events = [self._append(*pair) for pair in zip(requests, tokens, strict=True)]
+        self._count(prefill, sum(count for _, count in batch), time.perf_counter() - started)
+        return events
+
+    def stream(self) -> Iterator[Event]:
+        """Run until every request has ended; yield each token as it comes. Requests may be added and aborted between
+        two events."""
+        while self.unfinished:
+            yield from self.step()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | None = None
+    ) -> list[Request]:
+        """Answer all prompts as one continuous batch and return their requests, in order."""
+        requests = [self.add(prompt, params) for prompt in prompts]
+        for _ in self.stream():
+            pass
+        return requests
+
+    def _append(self, request: Request, token: int) -> Event:
+        spec = self.model.spec
+        request.tokens.append(token)
+        piece = request.detokenizer.push(token) if request.detokenizer else ""
+        request.text += piece
+        if token in spec.eos_ids:
+            piece += self._finish(request, FinishReason.STOP)
+        elif (
+            len(request.output) >= request.params.max_new_tokens
+            or len(request.tokens) >= spec.max_position
+        ):
+            piece += self._finish(request, FinishReason.LENGTH)
+        return Event(request, token, piece)
+
+    def _finish(self, request: Request, reason: FinishReason) -> str:
+        """End a request; return the text that was held back."""
+        self.scheduler.remove(request)
+        request.finish_reason = reason
+        piece = request.detokenizer.flush() if request.detokenizer else ""
+        request.text += piece
+        return piece
+
+    def _count(self, prefill: bool, tokens: int, seconds: float) -> None:
+        if prefill:
+            self.throughput.prefill_tokens += tokens
+            self.throughput.prefill_seconds += seconds
+        else:
+            self.throughput.decode_tokens += tokens
+            self.throughput.decode_seconds += seconds

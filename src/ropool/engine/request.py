@@ -1,0 +1,70 @@
+"""One prompt and its answer, from arrival to the last token."""
+
+from __future__ import annotations
+
+import enum
+import random
+from dataclasses import dataclass, field
+
+from ropool.engine.cache import PageTable
+from ropool.engine.detokenizer import Detokenizer
+from ropool.errors import RopoolError
+
+
+class FinishReason(enum.StrEnum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    """The model said so."""
+    LENGTH = "length"
+    """`max_new_tokens`, or the model's context, is used up."""
+    ABORT = "abort"
+    """The caller gave it up."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen. Temperature 0 is greedy. A request's text depends on its own `seed` only, never on the
+    other requests of a batch."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise RopoolError(f"max_new_tokens is {self.max_new_tokens}, must be at least 1")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise RopoolError(f"temperature is {self.temperature}, must be 0 (greedy) or positive")
+        if not 0.0 < self.top_p <= 1.0:
+            raise RopoolError(f"top_p is {self.top_p}, must be above 0 and at most 1")
+
+
+@dataclass(eq=False)
+class Request:
+    """The state of one request. `tokens` is the prompt followed by the answer so far."""
+
+    request_id: int
+    tokens: list[int]
+    params: SamplingParams
+    detokenizer: Detokenizer | None = None
+    table: PageTable = field(default_factory=PageTable)
+    computed: int = 0
+    """Tokens whose K and V are in the pool; 0 again after a preemption."""
+    text: str = ""
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.prompt_tokens = len(self.tokens)
+        self.random = random.Random(self.params.seed)
+
+    @property
+    def output(self) -> list[int]:
+        """The tokens of the answer, the end-of-text token included."""
+        return self.tokens[self.prompt_tokens :]
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to be computed before the next one can be chosen; 1 while decoding."""
+        return len(self.tokens) - self.computed

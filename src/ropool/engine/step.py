@@ -1,0 +1,141 @@
+"""What one forward pass is told: its tokens, where their K and V go, and what attention reads.
+
+Built once a step on the host, so that a layer neither loops over requests nor waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ropool.engine.cache import PAGE_SIZE, KVCache, LayerCache, PageTable
+
+
+class Span(NamedTuple):
+    """Tokens `start` to `end` of one request, to be computed in this step."""
+
+    tokens: Sequence[int]
+    start: int
+    table: PageTable
+    sample: bool
+    """Whether the logits after the last token are wanted."""
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+class AttentionGroup(NamedTuple):
+    """Consecutive rows of a step whose attention is one SDPA call: `N` requests with as many queries each."""
+
+    first: int
+    last: int
+    requests: int
+    pages: Tensor
+    """`[N * M]` int64: `M` pages a request."""
+    mask: Tensor | None
+    """`[N, 1, queries, M * B]`, 0 or -inf, in the dtype of the queries. `None`: causal, from the first token on."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass over `T` tokens of any number of requests; int64 metadata on the model's device."""
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    """`[T]`, slots of the full pool."""
+    sample_rows: Tensor
+    layers: list[LayerCache]
+    groups: dict[bool, list[AttentionGroup]]
+    """For layers that see every token (`False`) and for those with a sliding window (`True`)."""
+    workspace: tuple[Tensor, Tensor]
+    """K and V of a group are gathered here, `[pages, B, Hk, D]`; every layer uses the same memory."""
+
+
+def build_step(spans: Sequence[Span], cache: KVCache) -> Step:
+    """The step that computes `spans`, whose slots are reserved; `sample_rows` are in their order.
+
+    Neighbours that decode at a like length share an SDPA call.
+    """
+    cache.clear_fresh()
+    tokens: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    sample_rows: list[int] = []
+    for span in spans:
+        tokens += span.tokens
+        positions += range(span.start, span.end)
+        pages = span.table.pages
+        slots += [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(span.start, span.end)]
+        if span.sample:
+            sample_rows.append(len(tokens) - 1)
+    groups = {windowed: _groups(spans, cache, windowed) for windowed in cache.pools}
+    most = max(group.pages.numel() for kind in groups.values() for group in kind)
+    like = cache.layers[0].k
+    device = like.device
+    workspace = [
+        torch.empty((most, *like.shape[1:]), dtype=cache.spec.dtype, device=device) for _ in "kv"
+    ]
+    return Step(
+        tokens=torch.tensor(tokens, device=device),
+        positions=torch.tensor(positions, device=device),
+        slots=torch.tensor(slots, device=device),
+        sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
+        layers=cache.layers,
+        groups=groups,
+        workspace=(workspace[0], workspace[1]),
+    )
+
+
+def _groups(spans: Sequence[Span], cache: KVCache, windowed: bool) -> list[AttentionGroup]:
+    groups: list[AttentionGroup] = []
+    pending: list[tuple[Span, list[int], int]] = []
+    row = 0
+
+    def close() -> None:
+        nonlocal row
+        if pending:
+            groups.append(_group(row, pending, cache, windowed))
+            row = groups[-1].last
+            pending.clear()
+
+    for span in spans:
+        pages, base = cache.readable(span.table, span.end, windowed)
+        # A request joins while at most half of what is gathered for it is padding.
+        shortest, longest = sorted((len(pages), len(pending[0][1]) if pending else 0))
+        if len(span.tokens) > 1 or 2 * shortest < longest:
+            close()
+        pending.append((span, pages, base))
+        if len(span.tokens) > 1:
+            close()
+    close()
+    return groups
+
+
+def _group(
+    row: int, members: Sequence[tuple[Span, list[int], int]], cache: KVCache, windowed: bool
+) -> AttentionGroup:
+    spec = cache.spec
+    queries = len(members[0][0].tokens)
+    last = row + queries * len(members)
+    most = max(len(pages) for _, pages, _ in members)
+    # Padding reads a request's own first page, under the mask: nothing of another request, not even its NaN, gets in.
+    padded = [pages + pages[:1] * (most - len(pages)) for _, pages, _ in members]
+    table = torch.tensor(padded, device=spec.device)
+    if queries > 1 and members[0][0].start == 0 and (not windowed or queries <= (cache.window or 0)):
+        return AttentionGroup(row, last, 1, table.flatten(), None)
+    first_query = torch.tensor([span.start for span, _, _ in members], device=spec.device)
+    first_key = torch.tensor([base for _, _, base in members], device=spec.device)
+    query = (first_query[:, None] + torch.arange(queries, device=spec.device))[:, :, None]
+    key = (first_key[:, None] + torch.arange(most * PAGE_SIZE, device=spec.device))[:, None, :]
+    hidden = key > query
+    if windowed and cache.window is not None:
+        hidden |= key <= query - cache.window
+    mask = torch.zeros(hidden.shape, dtype=spec.dtype, device=spec.device)
+    mask.masked_fill_(hidden, float("-inf"))
+    return AttentionGroup(row, last, len(members), table.flatten(), mask[:, None])

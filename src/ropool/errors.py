@@ -1,0 +1,7 @@
+"""The error that a person who runs ropool can mend: the command line prints it as one line."""
+
+from __future__ import annotations
+
+
+class RopoolError(Exception):
+    """A model, prompt or option that cannot be served; the message says what was given and what is allowed."""

@@ -1,0 +1,1 @@
+"""Where ropool meets model libraries and serving engines."""
