@@ -21,11 +21,8 @@ from urllib.parse import unquote, urlparse
 
 import torch
 
-SIMD_FLAGS = (
-    ("sse4_2", "avx", "avx2", "f16c", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
-    + ("avx512_bf16", "avx512_fp16", "amx_bf16")  # x86
-    + ("asimd", "asimdhp", "bf16", "sve", "sve2")  # Arm
-)
+X86_FLAGS = "sse4_2 avx avx2 f16c fma avx512f avx512bw avx512dq avx512vl avx512_bf16 avx512_fp16"
+ARM_FLAGS = "asimd asimdhp bf16 sve sve2"
 
 
 def guarded(probe: Callable[[], Any]) -> Any:
@@ -77,7 +74,7 @@ def cpu_isa() -> str:
     found = []
     if platform.system() == "Linux":
         flags = set((cpu_info("flags") or cpu_info("Features")).split())
-        found = [flag for flag in SIMD_FLAGS if flag in flags]
+        found = [flag for flag in f"{X86_FLAGS} {ARM_FLAGS}".split() if flag in flags]
     return " ".join([platform.machine(), *found])
 
 
