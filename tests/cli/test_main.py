@@ -40,6 +40,17 @@ def test_bad_environment_variable(
     assert all(word in line for word in (variable, repr(value), allowed))
 
 
+def test_unusable_instruction_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(name: str) -> str | None:
+        raise ValueError("ROPOOL_CPU_ISA=nope cannot be used here; choose one of scalar")
+
+    monkeypatch.setattr(cli.dispatch, "unavailable", refuse)
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err.startswith("ropool: ROPOOL_CPU_ISA=nope ")
+
+
 def test_exit_code_of_the_process() -> None:
     environment = {**os.environ, "ROPOOL_BACKEND": "nope"}
     done = subprocess.run(

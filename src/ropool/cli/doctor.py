@@ -11,6 +11,7 @@ import torch
 
 import ropool
 from ropool import dispatch
+from ropool.backends import cpu
 from ropool.cli import probes
 from ropool.dispatch import settings
 from ropool.ops._device import device_of
@@ -59,8 +60,12 @@ def current_settings() -> dict[str, Any]:
 def backend(name: str) -> dict[str, Any]:
     """Whether a backend can be used in this process, or why not and what to do about it."""
     reason = probes.guarded(lambda: dispatch.unavailable(name))
-    hint = probes.guarded(probes.how_to_build) if name == "cpu" and reason else None
-    return {"backend": name, "available": reason is None, "reason": reason, "hint": hint}
+    found = {"backend": name, "available": reason is None, "reason": reason, "hint": None}
+    if name == "cpu" and reason is None:
+        found["isa"] = probes.guarded(cpu.isa)
+    elif name == "cpu":
+        found["hint"] = probes.guarded(probes.how_to_build)
+    return found
 
 
 def devices(accelerators: Any) -> list[str]:
@@ -97,6 +102,8 @@ def as_text(found: dict[str, Any]) -> str:
     lines += ["", "backends"]
     for entry in found["backends"]:
         state = "available" if entry["available"] else f"not available: {entry['reason']}"
+        if isinstance(isa := entry.get("isa"), dict):
+            state += f", instruction set {isa['chosen']} of {' '.join(isa['available'])}"
         lines += table([(entry["backend"], state)])
         if entry["hint"]:
             lines.append(f"    {entry['hint']}")

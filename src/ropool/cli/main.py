@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import NamedTuple, NoReturn
 
 import ropool
+from ropool import dispatch
 from ropool.dispatch import NoKernelError, settings
 from ropool.errors import RopoolError
 
@@ -71,7 +72,7 @@ def build_parser(command: ModuleType | None, name: str | None) -> argparse.Argum
     return parser
 
 
-def dispatch(arguments: Sequence[str]) -> int:
+def run_command(arguments: Sequence[str]) -> int:
     """Parse `arguments`, run the command, and give its exit code."""
     name = next((word for word in arguments if not word.startswith("-")), None)
     if name not in COMMANDS:
@@ -97,6 +98,7 @@ def check_environment() -> None:
     """Raise `RopoolError` for an environment variable that holds what is not allowed."""
     try:
         settings.current()
+        dispatch.unavailable("cpu")  # reads ROPOOL_CPU_ISA
     except ValueError as error:
         raise RopoolError(str(error)) from error
 
@@ -111,7 +113,7 @@ def one_line(error: Exception) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns 2 after one line on stderr for a mistake of the caller's."""
     try:
-        code = dispatch(sys.argv[1:] if arguments is None else arguments)
+        code = run_command(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
