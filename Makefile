@@ -14,6 +14,7 @@ TEST_EXTRAS := engine,bench,docs,dev
 PROMPT ?= What is the capital of France?
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -76,7 +77,7 @@ typecheck: $(STAMPS)/test ## mypy
 
 docs: $(STAMPS)/test ## the site, in site/
 	@echo "==> mkdocs"
-	@$(BIN)/mkdocs build --strict --quiet
+	@$(BIN)/mkdocs build --strict
 
 pytest: $(STAMPS)/test ## the tests alone; ARGS="-k name" narrows them
 	@echo "==> pytest"
