@@ -1,6 +1,6 @@
 """Rotary position embeddings: configs, frequencies, and the tables the rotating ops read."""
 
-from ropool.rotary.config import RotaryConfig
+from ropool.rotary.config import RotaryConfig, RotaryOptions
 from ropool.rotary.embedding import RotaryEmbedding
 from ropool.rotary.frequencies import attention_factor, inv_freq, length_range
 from ropool.rotary.scaling import (
@@ -9,6 +9,7 @@ from ropool.rotary.scaling import (
     Llama3Scaling,
     LongRopeScaling,
     ProportionalScaling,
+    Scaling,
     YarnScaling,
 )
 from ropool.rotary.table import cos_sin_cache
@@ -21,6 +22,8 @@ __all__ = [
     "ProportionalScaling",
     "RotaryConfig",
     "RotaryEmbedding",
+    "RotaryOptions",
+    "Scaling",
     "YarnScaling",
     "attention_factor",
     "cos_sin_cache",

@@ -3,8 +3,8 @@ so no frequency is ever rebuilt from a base alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypedDict
 
 from ropool.rotary.scaling import (
     DynamicNTKScaling,
@@ -15,6 +15,14 @@ from ropool.rotary.scaling import (
     is_number,
     require,
 )
+
+
+class RotaryOptions(TypedDict):
+    """The keyword arguments by which the rotating ops know a config's pairs and streams."""
+
+    interleaved: bool
+    mrope_section: tuple[int, int, int] | None
+    mrope_interleaved: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,10 +132,10 @@ class RotaryConfig:
         return read_config(config, layer_type)
 
     @property
-    def options(self) -> Mapping[str, bool | tuple[int, int, int] | None]:
+    def options(self) -> RotaryOptions:
         """The keyword arguments by which the rotating ops know this config's pairs and streams."""
-        return {
-            "interleaved": self.interleaved,
-            "mrope_section": self.mrope_section,
-            "mrope_interleaved": self.mrope_interleaved,
-        }
+        return RotaryOptions(
+            interleaved=self.interleaved,
+            mrope_section=self.mrope_section,
+            mrope_interleaved=self.mrope_interleaved,
+        )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from ropool.rotary.config import RotaryConfig
+from ropool.rotary.config import RotaryConfig, RotaryOptions
 from ropool.rotary.frequencies import length_range
 from ropool.rotary.table import cos_sin_cache
 
@@ -69,7 +67,7 @@ class RotaryEmbedding:
         return first, len(table)
 
     @property
-    def options(self) -> Mapping[str, bool | tuple[int, int, int] | None]:
+    def options(self) -> RotaryOptions:
         """`interleaved`, `mrope_section` and `mrope_interleaved`: keyword arguments of the ops."""
         return self.config.options
 

@@ -4,19 +4,12 @@ dropped in silence is a model that runs with the wrong frequencies."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from ropool.rotary import families
 from ropool.rotary.config import RotaryConfig
-from ropool.rotary.scaling import (
-    DynamicNTKScaling,
-    LinearScaling,
-    Llama3Scaling,
-    LongRopeScaling,
-    ProportionalScaling,
-    Scaling,
-    YarnScaling,
-)
+from ropool.rotary.hf_fields import ORIGINAL_LENGTH, Fields, refuse
+from ropool.rotary.hf_scaling import read_scaling
 
 # Names of older checkpoints.
 _ALIASES = {"su": "longrope", "mrope": "default"}
@@ -26,51 +19,29 @@ _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | _INERT
 _COMMON |= {"mrope_section", "mrope_interleaved", "interleaved"}
 # Of jetmoe and zamba2.
 _HEAD_DIM_NAMES = ("kv_channels", "attention_head_dim")
-_LENGTH = "original_max_position_embeddings"
 _LONGROPE = {"short_factor", "long_factor", "short_mscale", "long_mscale"}
 _YARN = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
 # The keys each type understands besides the common ones. The length has no part in the formulas of
 # the first three.
 _KEYS: dict[str, set[str]] = {
-    "default": {_LENGTH},
-    "linear": {_LENGTH, "factor"},
-    "proportional": {_LENGTH, "factor"},
-    "dynamic": {_LENGTH, "factor"},
-    "yarn": {_LENGTH, "factor", "attention_factor"} | _YARN,
-    "llama3": {_LENGTH, "factor", "low_freq_factor", "high_freq_factor"},
-    "longrope": {_LENGTH, "factor", "attention_factor"} | _LONGROPE,
+    "default": {ORIGINAL_LENGTH},
+    "linear": {ORIGINAL_LENGTH, "factor"},
+    "proportional": {ORIGINAL_LENGTH, "factor"},
+    "dynamic": {ORIGINAL_LENGTH, "factor"},
+    "yarn": {ORIGINAL_LENGTH, "factor", "attention_factor"} | _YARN,
+    "llama3": {ORIGINAL_LENGTH, "factor", "low_freq_factor", "high_freq_factor"},
+    "longrope": {ORIGINAL_LENGTH, "factor", "attention_factor"} | _LONGROPE,
 }
-
-
-def _refuse(message: str) -> NoReturn:
-    raise ValueError(f"ropool.RotaryConfig.from_hf: {message}")
-
-
-class _Fields:
-    """The top level of a config, an object or a dict; a field that is `None` is absent."""
-
-    def __init__(self, config: object) -> None:
-        self.config = config
-
-    def get(self, *names: str, default: Any = None) -> Any:
-        for name in names:
-            if isinstance(self.config, Mapping):
-                value = self.config.get(name)
-            else:
-                value = getattr(self.config, name, None)
-            if value is not None:
-                return value
-        return default
 
 
 def read_config(config: object, layer_type: str | None) -> RotaryConfig:
     """The body of `RotaryConfig.from_hf`."""
-    fields = _Fields(config)
+    fields = Fields(config)
     if (text := fields.get("text_config")) is not None:
-        fields = _Fields(text)
+        fields = Fields(text)
     model_type = fields.get("model_type", default="")
     if model_type in families.REFUSED:
-        _refuse(f"model_type is {model_type!r}; ropool cannot: {families.REFUSED[model_type]}")
+        refuse(f"model_type is {model_type!r}; ropool cannot: {families.REFUSED[model_type]}")
     rope = _rope_dict(fields, layer_type)
     rope_type = _rope_type(rope)
     head_dim, rotary_dim, factor = _widths(fields, rope, rope_type, layer_type)
@@ -79,7 +50,7 @@ def read_config(config: object, layer_type: str | None) -> RotaryConfig:
     if theta is None:
         theta = families.FIXED_THETA.get(model_type)
     if theta is None:
-        _refuse(
+        refuse(
             "rope_theta is missing; allowed: a number in the config (transformers.AutoConfig "
             "fills in the model's own default, a config.json alone does not)"
         )
@@ -87,15 +58,15 @@ def read_config(config: object, layer_type: str | None) -> RotaryConfig:
         head_dim=head_dim,
         rotary_dim=rotary_dim,
         theta=theta,
-        scaling=_scaling(fields, rope, rope_type, head_dim, factor),
+        scaling=read_scaling(fields, rope, rope_type, head_dim, factor),
         interleaved=fields.get("rope_interleave", default=model_type in families.INTERLEAVED_PAIRS),
         mrope_section=section,
         mrope_interleaved=mrope_interleaved,
-        max_position=_max_position(fields),
+        max_position=fields.max_position,
     )
 
 
-def _rope_dict(fields: _Fields, layer_type: str | None) -> dict[str, Any]:
+def _rope_dict(fields: Fields, layer_type: str | None) -> dict[str, Any]:
     """The rope parameters of the layer, in the form of transformers 5, without absent ones."""
     top_theta = fields.get("rope_theta", "rotary_emb_base")
     rope = fields.get("rope_parameters")
@@ -110,29 +81,29 @@ def _rope_dict(fields: _Fields, layer_type: str | None) -> dict[str, Any]:
                 "sliding_attention": {"rope_theta": local_theta},
             }
     if not isinstance(rope, Mapping):
-        _refuse(f"the rope parameters are {rope!r}; allowed: a dict")
+        refuse(f"the rope parameters are {rope!r}; allowed: a dict")
     by_layer = {name: value for name, value in rope.items() if isinstance(value, Mapping)}
     if by_layer:
         if layer_type not in rope:
-            _refuse(f"layer_type is {layer_type!r}; allowed: {', '.join(sorted(by_layer))}")
+            refuse(f"layer_type is {layer_type!r}; allowed: {', '.join(sorted(by_layer))}")
         if layer_type not in by_layer:
-            _refuse(f"layer_type is {layer_type!r}; those layers have no rotary embedding")
+            refuse(f"layer_type is {layer_type!r}; those layers have no rotary embedding")
         rope = by_layer[layer_type]
     parameters = {name: value for name, value in rope.items() if value is not None}
     if top_theta is not None:
         parameters.setdefault("rope_theta", top_theta)
-    if not by_layer and (length := fields.get(_LENGTH)) is not None:
+    if not by_layer and (length := fields.get(ORIGINAL_LENGTH)) is not None:
         # Phi-3 and others keep it beside the rope dict, and that one goes first.
-        parameters[_LENGTH] = length
+        parameters[ORIGINAL_LENGTH] = length
     return parameters
 
 
-def _refuse_second_base(fields: _Fields) -> None:
+def _refuse_second_base(fields: Fields) -> None:
     """Refuse an older `config.json` with a second base, for which layers only its model knows."""
     top = fields.config if isinstance(fields.config, Mapping) else {}
     for name, value in top.items():
         if name.endswith("_rope_theta") and value is not None:
-            _refuse(
+            refuse(
                 f"{name} is {value!r}; allowed: a base for each kind of layer in rope_parameters "
                 "(transformers.AutoConfig converts older configs)"
             )
@@ -142,18 +113,18 @@ def _rope_type(rope: dict[str, Any]) -> str:
     given: str = rope.get("rope_type", rope.get("type", "default"))
     rope_type = _ALIASES.get(given, given)
     if rope_type not in _KEYS:
-        _refuse(f"rope_type is {given!r}; allowed: {', '.join(sorted(_KEYS))}")
+        refuse(f"rope_type is {given!r}; allowed: {', '.join(sorted(_KEYS))}")
     if given == "mrope" and "mrope_section" not in rope:
-        _refuse("rope_type is 'mrope'; allowed: with mrope_section only")
+        refuse("rope_type is 'mrope'; allowed: with mrope_section only")
     if unknown := sorted(rope.keys() - _COMMON - _KEYS[rope_type]):
         shown = ", ".join(f"{name} is {rope[name]!r}" for name in unknown)
         allowed = ", ".join(sorted(_COMMON | _KEYS[rope_type]))
-        _refuse(f"{shown}, with rope_type {rope_type!r}; allowed: {allowed}")
+        refuse(f"{shown}, with rope_type {rope_type!r}; allowed: {allowed}")
     return rope_type
 
 
 def _widths(
-    fields: _Fields, rope: dict[str, Any], rope_type: str, layer_type: str | None
+    fields: Fields, rope: dict[str, Any], rope_type: str, layer_type: str | None
 ) -> tuple[int, int, float]:
     """Head dim, rotary dim, and the partial rotary factor."""
     head_dim = _head_dim(fields, layer_type)
@@ -167,12 +138,12 @@ def _widths(
     if partial is None:
         partial = 1.0
     elif isinstance(partial, bool) or not isinstance(partial, int | float) or not 0 < partial <= 1:
-        _refuse(f"partial_rotary_factor is {partial!r}; allowed: a number above 0, at most 1")
+        refuse(f"partial_rotary_factor is {partial!r}; allowed: a number above 0, at most 1")
     if rope_type == "proportional":
         return head_dim, head_dim, partial
     product = int(head_dim * partial)
     if rotary_dim is not None and partial != 1 and product != rotary_dim:
-        _refuse(
+        refuse(
             f"partial_rotary_factor is {partial}; allowed: one that agrees with the rotary "
             f"width of {rotary_dim} that the config also gives (head_dim {head_dim})"
         )
@@ -182,7 +153,7 @@ def _widths(
     return head_dim, rotary_dim, partial
 
 
-def _head_dim(fields: _Fields, layer_type: str | None) -> int:
+def _head_dim(fields: Fields, layer_type: str | None) -> int:
     """`D` of the layer; a layer's own goes before the model's."""
     head_dim: int | None = _layer_head_dim(fields, layer_type)
     if head_dim is None:
@@ -192,14 +163,14 @@ def _head_dim(fields: _Fields, layer_type: str | None) -> int:
     hidden: int = fields.get("hidden_size", "n_embd", default=0)
     heads: int = fields.get("num_attention_heads", "n_head", default=0)
     if not hidden or not heads or hidden % heads:
-        _refuse(
+        refuse(
             f"head_dim is missing; allowed: an integer, or a hidden_size ({hidden}) that "
             f"num_attention_heads ({heads}) divides"
         )
     return hidden // heads
 
 
-def _layer_head_dim(fields: _Fields, layer_type: str | None) -> int | None:
+def _layer_head_dim(fields: Fields, layer_type: str | None) -> int | None:
     """The head dim of Gemma 4's global layers, and of whichever others have their own."""
     layers = fields.get("per_layer_config")
     saved = isinstance(layers, Mapping) and isinstance(fields.config, Mapping)
@@ -208,7 +179,7 @@ def _layer_head_dim(fields: _Fields, layer_type: str | None) -> int | None:
     layer_types = fields.get("layer_types", default=())
     if layer_type not in layer_types:
         allowed = ", ".join(sorted(set(layer_types)))
-        _refuse(f"layer_type is {layer_type!r}; allowed, as layers differ: {allowed}")
+        refuse(f"layer_type is {layer_type!r}; allowed, as layers differ: {allowed}")
     if not saved:
         return layers[layer_type].head_dim
     # A saved config: overrides by layer number, of those layers that have any.
@@ -217,104 +188,22 @@ def _layer_head_dim(fields: _Fields, layer_type: str | None) -> int | None:
     return next((value["head_dim"] for value in overrides if "head_dim" in value), None)
 
 
-def _max_position(fields: _Fields) -> int | None:
-    return fields.get("max_position_embeddings", "n_positions")
-
-
 def _mrope(rope: dict[str, Any], model_type: str) -> tuple[tuple[int, int, int] | None, bool]:
     section = rope.get("mrope_section")
     # Qwen3-Omni writes the flag under both names.
     flag = rope.get("mrope_interleaved", rope.get("interleaved"))
     if flag is not None and section is None:
-        _refuse(f"mrope_interleaved (or interleaved) is {flag!r}; allowed: with mrope_section only")
+        refuse(f"mrope_interleaved (or interleaved) is {flag!r}; allowed: with mrope_section only")
     if model_type in families.MROPE:
         default_section, interleaved = families.MROPE[model_type]
         if flag is not None and flag != interleaved:
-            _refuse(f"mrope_interleaved is {flag!r}; allowed: {interleaved}, for {model_type}")
+            refuse(f"mrope_interleaved is {flag!r}; allowed: {interleaved}, for {model_type}")
         section = default_section if section is None else section
     else:
         interleaved = bool(flag)
     if section is None:
         return None, interleaved
     if not isinstance(section, list | tuple) or len(section) != 3:
-        _refuse(f"mrope_section is {section!r}; allowed: three numbers that sum to R/2")
+        refuse(f"mrope_section is {section!r}; allowed: three numbers that sum to R/2")
     temporal, height, width = section
     return (temporal, height, width), interleaved
-
-
-def _scaling(
-    fields: _Fields, rope: dict[str, Any], rope_type: str, head_dim: int, partial: float
-) -> Scaling | None:
-    def need(name: str) -> Any:
-        if name not in rope:
-            _refuse(f"{name} is missing; allowed: a value, with rope_type {rope_type!r}")
-        return rope[name]
-
-    match rope_type:
-        case "linear":
-            return LinearScaling(factor=need("factor"))
-        case "proportional":
-            pairs = int(partial * head_dim // 2)
-            return ProportionalScaling(rotated_pairs=pairs, factor=rope.get("factor", 1.0))
-        case "dynamic":
-            length = _need_length(_max_position(fields))
-            if rope.get(_LENGTH, length) != length:
-                _refuse(
-                    f"{_LENGTH} is {rope[_LENGTH]!r}, with rope_type 'dynamic'; allowed: "
-                    f"max_position_embeddings ({length}), from which its base grows"
-                )
-            return DynamicNTKScaling(factor=need("factor"), original_max_position=length)
-        case "yarn":
-            length = _original_length(fields, rope)
-            return YarnScaling(
-                factor=_extension(fields, rope, length),
-                original_max_position=length,
-                beta_fast=rope.get("beta_fast") or 32.0,
-                beta_slow=rope.get("beta_slow") or 1.0,
-                mscale=rope.get("mscale"),
-                mscale_all_dim=rope.get("mscale_all_dim"),
-                attention_factor=rope.get("attention_factor"),
-                truncate=rope.get("truncate", True),
-            )
-        case "llama3":
-            return Llama3Scaling(
-                factor=need("factor"),
-                original_max_position=_original_length(fields, rope),
-                low_freq_factor=need("low_freq_factor"),
-                high_freq_factor=need("high_freq_factor"),
-            )
-        case "longrope":
-            length = _original_length(fields, rope)
-            given = rope.get("attention_factor")
-            return LongRopeScaling(
-                short_factor=_numbers("short_factor", need("short_factor")),
-                long_factor=_numbers("long_factor", need("long_factor")),
-                original_max_position=length,
-                # A shorter context than the original one is no extension.
-                factor=max(_extension(fields, rope, length), 1.0),
-                short_attention_factor=rope.get("short_mscale", given),
-                long_attention_factor=rope.get("long_mscale", given),
-            )
-        case _:
-            return None
-
-
-def _numbers(name: str, value: object) -> tuple[float, ...]:
-    if not isinstance(value, list | tuple):
-        _refuse(f"{name} is {value!r}; allowed: a list of R/2 numbers")
-    return tuple(value)
-
-
-def _original_length(fields: _Fields, rope: dict[str, Any]) -> int:
-    return _need_length(rope.get(_LENGTH, _max_position(fields)))
-
-
-def _need_length(length: int | None) -> int:
-    if length is None:
-        _refuse(f"{_LENGTH} and max_position_embeddings are missing; allowed: an integer")
-    return length
-
-
-def _extension(fields: _Fields, rope: dict[str, Any], original: int) -> float:
-    factor: float | None = rope.get("factor")
-    return factor if factor is not None else _need_length(_max_position(fields)) / original

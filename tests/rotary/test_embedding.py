@@ -1,0 +1,130 @@
+"""RotaryEmbedding: for which lengths its table is right, and when it becomes another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ropool.rotary import (
+    DynamicNTKScaling,
+    LongRopeScaling,
+    RotaryConfig,
+    RotaryEmbedding,
+    Scaling,
+    cos_sin_cache,
+    inv_freq,
+)
+from rotary.hf_oracle import llama, modeling
+
+
+def config(scaling: Scaling | None = None, max_position: int | None = 64) -> RotaryConfig:
+    return RotaryConfig(
+        head_dim=16, rotary_dim=8, theta=10000.0, scaling=scaling, max_position=max_position
+    )
+
+
+LONGROPE = LongRopeScaling(
+    short_factor=(1.0, 1.1, 1.2, 1.3),
+    long_factor=(2.0, 3.0, 4.0, 5.0),
+    original_max_position=16,
+    factor=4.0,
+)
+DYNAMIC = DynamicNTKScaling(factor=2.0, original_max_position=16)
+
+
+def test_a_table_of_any_length_grows() -> None:
+    rope = RotaryEmbedding(config())
+    first = rope.cos_sin_cache
+    before = first.clone()
+    assert rope.lengths == (1, 64)
+    assert not rope.prepare(64)
+    assert rope.cos_sin_cache is first
+    assert rope.prepare(65)
+    assert rope.lengths == (1, 128)
+    assert torch.equal(rope.cos_sin_cache[:64], before)
+    assert torch.equal(first, before), "the table handed out has changed"
+    assert rope.prepare(1000)
+    assert rope.lengths == (1, 1000)
+    assert not rope.prepare(1)
+    assert torch.equal(rope.cos_sin_cache, cos_sin_cache(config(), 1000))
+
+
+def test_a_shorter_table_on_request() -> None:
+    rope = RotaryEmbedding(config(), 10, dtype=torch.bfloat16)
+    assert rope.lengths == (1, 10)
+    assert rope.cos_sin_cache.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="seq_len is None; allowed: an integer above 0"):
+        RotaryEmbedding(config(max_position=None))
+    with pytest.raises(ValueError, match="seq_len is 0; allowed: an integer of at least 1"):
+        rope.prepare(0)
+
+
+def test_longrope_switches_between_two_tables() -> None:
+    rope = RotaryEmbedding(config(LONGROPE))
+    long = rope.cos_sin_cache
+    assert rope.lengths == (17, 64)
+    assert torch.equal(long, cos_sin_cache(config(LONGROPE), 64))
+
+    assert rope.prepare(3)
+    short = rope.cos_sin_cache
+    # A row beyond the original context would turn by short factors where long ones are due.
+    assert rope.lengths == (1, 16)
+    assert torch.equal(short, cos_sin_cache(config(LONGROPE), 16))
+    assert not torch.equal(short, long[:16])
+
+    assert not rope.prepare(16)
+    assert rope.prepare(17)
+    assert rope.cos_sin_cache is long
+    assert rope.prepare(16)
+    assert rope.cos_sin_cache is short
+
+
+def test_dynamic_ntk_follows_the_length() -> None:
+    rope = RotaryEmbedding(config(DYNAMIC), 5)
+    short = rope.cos_sin_cache
+    assert rope.lengths == (1, 16)
+    assert not rope.prepare(16)
+    for length in (17, 18, 40):
+        assert rope.prepare(length)
+        assert rope.lengths == (length, length)
+        assert torch.equal(rope.cos_sin_cache, cos_sin_cache(config(DYNAMIC), length))
+        assert not rope.prepare(length)
+    assert rope.prepare(4)
+    assert torch.equal(rope.cos_sin_cache, short)
+    # Generation meets a new length with every token: tables do not pile up.
+    assert len(rope._tables) == 2
+
+
+def test_dynamic_ntk_as_their_module_does_it() -> None:
+    theirs = llama(rope_type="dynamic", factor=2.0)
+    module = modeling("llama").LlamaRotaryEmbedding(theirs)
+    rope = RotaryEmbedding(RotaryConfig.from_hf(theirs), 10)
+    for length in (100, 4096, 4097, 9000, 50):
+        rope.prepare(length)
+        module(torch.empty(1), torch.arange(length)[None])
+        expected = inv_freq(rope.config, length)
+        torch.testing.assert_close(module.inv_freq.double(), expected, rtol=2e-6, atol=0)
+        first, last = rope.lengths
+        assert first <= length <= last
+
+
+def test_options_are_the_keyword_arguments_of_the_ops() -> None:
+    plain = RotaryEmbedding(config())
+    assert plain.options == {
+        "interleaved": False,
+        "mrope_section": None,
+        "mrope_interleaved": False,
+    }
+    mrope = RotaryConfig(
+        head_dim=16,
+        rotary_dim=16,
+        theta=1e4,
+        interleaved=True,
+        mrope_section=(4, 2, 2),
+        mrope_interleaved=True,
+    )
+    assert RotaryEmbedding(mrope, 4).options == {
+        "interleaved": True,
+        "mrope_section": (4, 2, 2),
+        "mrope_interleaved": True,
+    }
