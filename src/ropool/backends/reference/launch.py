@@ -6,11 +6,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
+from torch import Tensor
+
 from ropool.backends.reference import ops
 from ropool.dispatch.cache import Launch
 from ropool.dispatch.key import Key, Options
-from ropool.ops._op import Args
 
+Args = tuple[Tensor | None, ...]
 Bind = Callable[[Key, Args, Options], Launch]
 
 
