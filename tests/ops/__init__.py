@@ -1,0 +1,1 @@
+"""Tests of the five ops against the float64 oracle."""

@@ -1,0 +1,44 @@
+"""The backends under test. A backend joins every op test with one line here."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend under test and the device its tensors live on."""
+
+    name: str
+    device: str
+
+    def missing(self) -> str | None:
+        """Why it cannot run here, or None."""
+        module = importlib.import_module(f"ropool.backends.{self.name}")
+        reason: str | None = module.available()
+        return reason
+
+
+BACKENDS = [
+    Backend("reference", "cpu"),
+    Backend("cpu", "cpu"),
+]
+
+
+def required_backends() -> set[str]:
+    """`ROPOOL_REQUIRE_BACKENDS=cpu`: there, a backend that is missing is a failure, not a skip."""
+    return {name for name in os.environ.get("ROPOOL_REQUIRE_BACKENDS", "").split(",") if name}
+
+
+def require(backend: Backend) -> None:
+    """Skip the test, or fail it, when the backend cannot run here."""
+    reason = backend.missing()
+    if reason is None:
+        return
+    if backend.name in required_backends():
+        pytest.fail(f"backend {backend.name} is required here: {reason}")
+    pytest.skip(f"backend {backend.name}: {reason}")

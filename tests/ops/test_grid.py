@@ -1,0 +1,34 @@
+"""Every backend against the oracle over the pairwise grids."""
+
+from __future__ import annotations
+
+import pytest
+
+from ops.backend import Backend
+from ops import grids
+from ops.calls import Case, check
+
+
+@pytest.mark.parametrize("case", grids.rope_cases(), ids=str)
+def test_rope(case: Case, backend: Backend) -> None:
+    check(case, backend)
+
+
+@pytest.mark.parametrize("case", grids.rope_store_kv_cases(), ids=str)
+def test_rope_store_kv(case: Case, backend: Backend) -> None:
+    check(case, backend)
+
+
+@pytest.mark.parametrize("case", grids.store_kv_cases(), ids=str)
+def test_store_kv(case: Case, backend: Backend) -> None:
+    check(case, backend)
+
+
+@pytest.mark.parametrize("case", grids.store_mla_cases(), ids=str)
+def test_store_mla(case: Case, backend: Backend) -> None:
+    check(case, backend)
+
+
+@pytest.mark.parametrize("case", grids.rope_store_mla_cases(), ids=str)
+def test_rope_store_mla(case: Case, backend: Backend) -> None:
+    check(case, backend)
