@@ -262,6 +262,15 @@ def test_longrope_by_its_older_name() -> None:
     assert RotaryConfig.from_hf(older) == RotaryConfig.from_hf(newer)
 
 
+def test_an_original_length_beside_the_rope_dict_goes_first() -> None:
+    scaling = {"short_factor": SHORT, "long_factor": LONG, "type": "longrope"}
+    older = {**PHI3, "rope_scaling": {**scaling, "original_max_position_embeddings": 8192}}
+    for form in (older, transformers.AutoConfig.for_model(**older)):
+        read = RotaryConfig.from_hf(form).scaling
+        assert isinstance(read, LongRopeScaling)
+        assert (read.original_max_position, read.factor) == (4096, 32.0)
+
+
 def test_attention_factors_of_longrope() -> None:
     lists = {"short_factor": SHORT, "long_factor": LONG, "type": "longrope"}
     read = RotaryConfig.from_hf({**PHI3, "rope_scaling": {**lists, "attention_factor": 1.2}})
