@@ -4,4 +4,5 @@ from __future__ import annotations
 
 
 class RopoolError(Exception):
-    """A model, prompt or option that cannot be served; the message says what was given and what is allowed."""
+    """A model, prompt or option that cannot be served; the message says what came and what is
+    allowed."""

@@ -4,4 +4,12 @@ from ropool.engine.engine import Engine, Event, Throughput
 from ropool.engine.request import FinishReason, Request, SamplingParams
 from ropool.engine.spec import ModelSpec
 
-__all__ = ["Engine", "Event", "FinishReason", "ModelSpec", "Request", "SamplingParams", "Throughput"]
+__all__ = [
+    "Engine",
+    "Event",
+    "FinishReason",
+    "ModelSpec",
+    "Request",
+    "SamplingParams",
+    "Throughput",
+]

@@ -10,10 +10,11 @@ from ropool.engine.step import Step
 
 
 def paged_attention(q: Tensor, step: Step, layer: int, scale: float) -> Tensor:
-    """Return the attention of the rotated queries `q` `[T, Hq, D]` over what the pool of `layer` holds, `[T, Hq, D]`.
+    """Return the attention of the rotated queries `q` `[T, Hq, D]` over what the pool of `layer`
+    holds, `[T, Hq, D]`.
 
-    K and V of a group of requests are gathered page by page, since SDPA takes no page table. Rows of the pool that
-    are not written yet are masked; they must not hold NaN.
+    K and V of a group of requests are gathered page by page, since SDPA takes no page table. Rows
+    of the pool that are not written yet are masked; they must not hold NaN.
     """
     cache = step.layers[layer]
     heads_q, head_dim = q.shape[1:]
@@ -27,7 +28,8 @@ def paged_attention(q: Tensor, step: Step, layer: int, scale: float) -> Tensor:
         rows = q[group.first : group.last]
         queries = len(rows) // group.requests
         if queries == 1:
-            # The query heads of a KV head stand as its queries: no SDPA kernel has to know grouped heads.
+            # The query heads of a KV head stand as its queries: no SDPA kernel has to know grouped
+            # heads.
             packed = rows.view(group.requests, heads_kv, -1, head_dim)
             out = F.scaled_dot_product_attention(packed, k, v, attn_mask=group.mask, scale=scale)
         else:
@@ -47,7 +49,8 @@ def paged_attention(q: Tensor, step: Step, layer: int, scale: float) -> Tensor:
 
 
 def _gather(pool: Tensor, pages: Tensor, scale: Tensor | None, workspace: Tensor) -> Tensor:
-    """Pages of a pool tensor, `[N * M, B, Hk, D]`, in the dtype of the workspace, which they overwrite."""
+    """Pages of a pool tensor, `[N * M, B, Hk, D]`, in the dtype of the workspace, which they
+    overwrite."""
     out = workspace[: len(pages)]
     if pool.dtype == out.dtype:
         return torch.index_select(pool, 0, pages, out=out)

@@ -1,4 +1,5 @@
-"""The KV cache of one model: the pool that each layer uses, and the pages that each request holds."""
+"""The KV cache of one model: the pool that each layer uses, and the pages that each request
+holds."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ class PageTable:
 class KVCache:
     """Owns the pools of a model and gives their pages to requests.
 
-    Layers with a sliding window share a smaller pool with room for `max_requests` windows and a step's chunks; one
-    request always fits.
+    Layers with a sliding window share a smaller pool with room for `max_requests` windows and a
+    step's chunks; one request always fits.
     """
 
     def __init__(
@@ -99,8 +100,8 @@ class KVCache:
         return layers
 
     def reserve(self, table: PageTable, start: int, end: int) -> bool:
-        """Make the slots of tokens `start` to `end` writable, and let go of what no token from `start` on can see.
-        Return whether there was room; when not, no page was taken."""
+        """Make the slots of tokens `start` to `end` writable, and let go of what no token from
+        `start` on can see. Return whether there was room; when not, no page was taken."""
         needed = self.allocator.pages_for(end) - len(table.pages)
         if self.window_map is not None and self.window is not None:
             first = max(start - self.window + 1, 0) // PAGE_SIZE
@@ -119,8 +120,8 @@ class KVCache:
         return True
 
     def readable(self, table: PageTable, end: int, windowed: bool) -> tuple[list[int], int]:
-        """The pages of the full or the window pool that hold a request's tokens up to `end`, and the position of the
-        first row of the first page."""
+        """The pages of the full or the window pool that hold a request's tokens up to `end`, and
+        the position of the first row of the first page."""
         pages = table.pages[: self.allocator.pages_for(end)]
         if not windowed or self.window_map is None:
             return pages, 0
@@ -152,5 +153,7 @@ class KVCache:
 def _window(spec: ModelSpec) -> int | None:
     windows = sorted({window for window in spec.windows if window is not None})
     if len(windows) > 1:
-        raise RopoolError(f"the model's layers have different sliding windows, {windows}; one is covered")
+        raise RopoolError(
+            f"the model's layers have different sliding windows, {windows}; one is covered"
+        )
     return windows[0] if windows else None

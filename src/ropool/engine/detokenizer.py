@@ -1,5 +1,5 @@
-"""Text of an answer while it grows: a character may need several tokens, and a token's text may depend on those
-before it."""
+"""Text of an answer while it grows: a character may need several tokens, and a token's text may
+depend on those before it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ _INCOMPLETE = "\ufffd"
 
 
 class Detokenizer:
-    """Turns tokens into pieces of text that add up to the text of the whole answer, special tokens left out.
+    """Turns tokens into pieces of text that add up to the text of the whole answer, special tokens
+    left out.
 
-    Only a short tail is decoded again for each token: the tokens since the last piece, and those of the piece before
-    as their context.
+    Only a short tail is decoded again for each token: the tokens since the last piece, and those of
+    the piece before as their context.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -30,7 +30,8 @@ class Event:
 
 @dataclass
 class Throughput:
-    """Tokens computed and the time it took. Steps that work on a prompt count as prefill, all others as decode."""
+    """Tokens computed and the time it took. Steps that work on a prompt count as prefill, all
+    others as decode."""
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -52,7 +53,8 @@ class Engine:
     Args:
         model: the model; its pools are allocated here.
         tokenizer: makes text of tokens; without one requests have tokens only.
-        cache_dtype: float8_e4m3fn or float8_e5m2 for an fp8 pool (scale 1); the model's dtype by default.
+        cache_dtype: float8_e4m3fn or float8_e5m2 for an fp8 pool (scale 1); the model's dtype by
+            default.
         max_requests: requests that run at once.
         max_batch_tokens: tokens of one step; longer prompts are computed in chunks.
 
@@ -85,22 +87,23 @@ class Engine:
         self._ids = itertools.count()
 
     def add(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Request:
-        """Queue a prompt. Raises `RopoolError` when it can never be served: empty, longer than the model's context,
-        or, with its answer, larger than the pool."""
+        """Queue a prompt. Raises `RopoolError` when it can never be served: empty, longer than the
+        model's context, or, with its answer, larger than the pool."""
         params = params or SamplingParams()
         limit, slots = self.model.spec.max_position, self.cache.allocator.slots
         if not prompt:
             raise RopoolError("the prompt is empty: it has no token")
         if len(prompt) >= limit:
             raise RopoolError(
-                f"the prompt has {len(prompt)} tokens; the model's context holds {limit}, the answer included"
+                f"the prompt has {len(prompt)} tokens; the model's context holds {limit}, "
+                "the answer included"
             )
         # The last token of an answer is never computed.
         needed = min(len(prompt) + params.max_new_tokens, limit) - 1
         if needed > slots:
             raise RopoolError(
-                f"the pool has {slots} slots; a prompt of {len(prompt)} tokens with up to {params.max_new_tokens} "
-                f"new tokens needs {needed}"
+                f"the pool has {slots} slots; a prompt of {len(prompt)} tokens with up to "
+                f"{params.max_new_tokens} new tokens needs {needed}"
             )
         detokenizer = Detokenizer(self.tokenizer) if self.tokenizer else None
         request = Request(next(self._ids), list(prompt), params, detokenizer)
@@ -119,7 +122,8 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Run one forward pass and return the tokens that came of it; none while only prompts are computed."""
+        """Run one forward pass and return the tokens that came of it; none while only prompts are
+        computed."""
         started = time.perf_counter()
         batch = self.scheduler.schedule()
         if not batch:
@@ -140,8 +144,8 @@ class Engine:
         return events
 
     def stream(self) -> Iterator[Event]:
-        """Run until every request has ended; yield each token as it comes. Requests may be added and aborted between
-        two events."""
+        """Run until every request has ended; yield each token as it comes. Requests may be added
+        and aborted between two events."""
         while self.unfinished:
             yield from self.step()
 

@@ -16,8 +16,8 @@ class CausalModel(Protocol):
     spec: ModelSpec
 
     def forward(self, step: Step) -> Tensor:
-        """Write K and V of the step's tokens into the pools; return the logits, `[N, vocab]` float32, that follow
-        the tokens `step.sample_rows`."""
+        """Write K and V of the step's tokens into the pools; return the logits, `[N, vocab]`
+        float32, that follow the tokens `step.sample_rows`."""
         ...
 
 

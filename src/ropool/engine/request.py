@@ -24,8 +24,8 @@ class FinishReason(enum.StrEnum):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen. Temperature 0 is greedy. A request's text depends on its own `seed` only, never on the
-    other requests of a batch."""
+    """How tokens are chosen. Temperature 0 is greedy. A request's text depends on its own `seed`
+    only, never on the other requests of a batch."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0

@@ -13,8 +13,8 @@ from ropool.engine.request import Request
 def sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     """The next token of each request from its row of `logits` `[N, vocab]` float32.
 
-    A random choice inverts the cumulative distribution at one number that the request's own generator draws, so it is
-    the same in every batch. Waits for the device, once a step.
+    A random choice inverts the cumulative distribution at one number that the request's own
+    generator draws, so it is the same in every batch. Waits for the device, once a step.
     """
     chosen: list[int] = logits.argmax(-1).tolist()
     rows = [row for row, request in enumerate(requests) if request.params.temperature > 0]
@@ -33,11 +33,11 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
 
 
 def _invert(logits: Tensor, temperature: Tensor, top_p: Tensor, draw: Tensor) -> Tensor:
-    """The token at `draw` (0 to 1) of the nucleus: the fewest most likely tokens whose probabilities add up to
-    `top_p` (arXiv:1904.09751)."""
+    """The token at `draw` (0 to 1) of the nucleus: the fewest most likely tokens whose
+    probabilities add up to `top_p` (arXiv:1904.09751)."""
     # The largest logit is subtracted first, so that a tiny temperature does not overflow.
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
-    probabilities, tokens = torch.softmax(scaled, -1).sort(-1, descending=True, stable=True)
+    probabilities, tokens = torch.softmax(scaled, -1).sort(stable=True, dim=-1, descending=True)
     before = probabilities.cumsum(-1) - probabilities
     nucleus = probabilities.masked_fill(before >= top_p, 0.0).cumsum(-1)
     place = torch.searchsorted(nucleus, draw * nucleus[:, -1:], right=True)

@@ -1,7 +1,8 @@
 """Which requests run in the next step, and with how many tokens.
 
-First come, first served. Requests join and leave between steps; long prompts are computed in chunks beside the
-decoding of others. When the pool is full the youngest request gives its pages back and is computed anew later.
+First come, first served. Requests join and leave between steps; long prompts are computed in chunks
+beside the decoding of others. When the pool is full the youngest request gives its pages back and
+is computed anew later.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from ropool.engine.request import Request
 class Scheduler:
     """Holds every unfinished request: those `running` own pages, those `waiting` own none.
 
-    Both are in order of arrival, and every running request is older than every waiting one. The oldest can always be
-    served, since it may take the pages of all others; so there is always progress.
+    Both are in order of arrival, and every running request is older than every waiting one. The
+    oldest can always be served, since it may take the pages of all others; so there is always
+    progress.
     """
 
     def __init__(self, cache: KVCache, *, max_requests: int, max_batch_tokens: int) -> None:
         if not 1 <= max_requests <= max_batch_tokens:
             raise ValueError(
                 f"Scheduler: max_requests={max_requests}, max_batch_tokens={max_batch_tokens}; "
-                "allowed: 1 <= max_requests <= max_batch_tokens, as each may decode a token in a step"
+                "allowed: 1 <= max_requests <= max_batch_tokens, as each may decode in a step"
             )
         self._cache = cache
         self._max_requests = max_requests
@@ -45,8 +47,8 @@ class Scheduler:
             self.waiting.remove(request)
 
     def schedule(self) -> list[tuple[Request, int]]:
-        """Reserve slots for the next step; return each request that takes part with its number of tokens: those that
-        decode first, the longest in front."""
+        """Reserve slots for the next step; return each request that takes part with its number of
+        tokens: those that decode first, the longest in front."""
         decoding = sum(request.remaining == 1 for request in self.running)
         room = self._max_batch_tokens - decoding  # for prompts
         batch: list[tuple[Request, int]] = []

@@ -14,7 +14,8 @@ class ModelSpec:
     heads_kv: int
     head_dim: int
     windows: tuple[int | None, ...]
-    """For each layer the tokens that its sliding window holds, the query's own included; `None`: all."""
+    """For each layer the tokens that its sliding window holds, the query's own included; `None`:
+    all."""
     max_position: int
     """Tokens of the context: prompt and answer together."""
     eos_ids: frozenset[int]

@@ -30,7 +30,8 @@ class Span(NamedTuple):
 
 
 class AttentionGroup(NamedTuple):
-    """Consecutive rows of a step whose attention is one SDPA call: `N` requests with as many queries each."""
+    """Consecutive rows of a step whose attention is one SDPA call: `N` requests with as many
+    queries each."""
 
     first: int
     last: int
@@ -38,12 +39,14 @@ class AttentionGroup(NamedTuple):
     pages: Tensor
     """`[N * M]` int64: `M` pages a request."""
     mask: Tensor | None
-    """`[N, 1, queries, M * B]`, 0 or -inf, in the dtype of the queries. `None`: causal, from the first token on."""
+    """`[N, 1, queries, M * B]`, 0 or -inf, in the dtype of the queries. `None`: causal, from the
+    first token on."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass over `T` tokens of any number of requests; int64 metadata on the model's device."""
+    """One forward pass over `T` tokens of any number of requests; int64 metadata on the model's
+    device."""
 
     tokens: Tensor
     positions: Tensor
@@ -54,7 +57,8 @@ class Step:
     groups: dict[bool, list[AttentionGroup]]
     """For layers that see every token (`False`) and for those with a sliding window (`True`)."""
     workspace: tuple[Tensor, Tensor]
-    """K and V of a group are gathered here, `[pages, B, Hk, D]`; every layer uses the same memory."""
+    """K and V of a group are gathered here, `[pages, B, Hk, D]`; every layer uses the same
+    memory."""
 
 
 def build_step(spans: Sequence[Span], cache: KVCache) -> Step:
@@ -71,7 +75,9 @@ def build_step(spans: Sequence[Span], cache: KVCache) -> Step:
         tokens += span.tokens
         positions += range(span.start, span.end)
         pages = span.table.pages
-        slots += [pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(span.start, span.end)]
+        slots += [
+            pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(span.start, span.end)
+        ]
         if span.sample:
             sample_rows.append(len(tokens) - 1)
     groups = {windowed: _groups(spans, cache, windowed) for windowed in cache.pools}
@@ -124,10 +130,15 @@ def _group(
     queries = len(members[0][0].tokens)
     last = row + queries * len(members)
     most = max(len(pages) for _, pages, _ in members)
-    # Padding reads a request's own first page, under the mask: nothing of another request, not even its NaN, gets in.
+    # Padding reads a request's own first page, under the mask: nothing of another request, not even
+    # its NaN, gets in.
     padded = [pages + pages[:1] * (most - len(pages)) for _, pages, _ in members]
     table = torch.tensor(padded, device=spec.device)
-    if queries > 1 and members[0][0].start == 0 and (not windowed or queries <= (cache.window or 0)):
+    if (
+        queries > 1
+        and members[0][0].start == 0
+        and (not windowed or queries <= (cache.window or 0))
+    ):
         return AttentionGroup(row, last, 1, table.flatten(), None)
     first_query = torch.tensor([span.start for span, _, _ in members], device=spec.device)
     first_key = torch.tensor([base for _, _, base in members], device=spec.device)

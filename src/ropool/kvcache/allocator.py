@@ -1,7 +1,7 @@
 """Who owns which page of a pool.
 
-A page is taken or given back in constant time, and a page given back twice, or never, is an error here rather than
-another request's text.
+A page is taken or given back in constant time, and a page given back twice, or never, is an error
+here rather than another request's text.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ class PoolExhaustedError(RuntimeError):
 
 
 class SlotAllocator:
-    """Hands out the pages of a pool of `pages * page_size` slots; page `p` holds slots `p * B` to `(p + 1) * B - 1`.
+    """Hands out the pages of a pool of `pages * page_size` slots; page `p` holds slots `p * B` to
+    `(p + 1) * B - 1`.
 
     With `page_size` 1 a page is a slot. Holds no tensor. Not thread-safe.
     """
 
     def __init__(self, pages: int, page_size: int = 1) -> None:
         if pages < 1 or page_size < 1:
-            raise ValueError(f"SlotAllocator: pages={pages}, page_size={page_size}; both must be at least 1")
+            raise ValueError(
+                f"SlotAllocator: pages={pages}, page_size={page_size}; both must be at least 1"
+            )
         self.pages = pages
         self.page_size = page_size
         self._free = list(range(pages - 1, -1, -1))  # a stack; a fresh pool hands out 0, 1, 2, ...
@@ -58,7 +61,8 @@ class SlotAllocator:
             raise ValueError(f"SlotAllocator.allocate: count is {count}, must not be negative")
         if count > len(self._free):
             raise PoolExhaustedError(
-                f"SlotAllocator.allocate: {count} pages asked for, {len(self._free)} of {self.pages} are free"
+                f"SlotAllocator.allocate: {count} pages asked for, {len(self._free)} of "
+                f"{self.pages} are free"
             )
         taken = [self._free.pop() for _ in range(count)]
         for page in taken:
@@ -67,19 +71,24 @@ class SlotAllocator:
         return taken
 
     def free(self, pages: Iterable[int]) -> None:
-        """Give pages back. Raises `ValueError` at a page that does not exist or is free already; those before it
-        in `pages` have then been given back."""
+        """Give pages back. Raises `ValueError` at a page that does not exist or is free already;
+        those before it in `pages` have then been given back."""
         for page in pages:
             if not 0 <= page < self.pages:
-                raise ValueError(f"SlotAllocator.free: page {page} is outside of the pool's {self.pages} pages")
+                raise ValueError(
+                    f"SlotAllocator.free: page {page} is outside of the pool's {self.pages} pages"
+                )
             if not self._used[page]:
                 raise ValueError(f"SlotAllocator.free: page {page} is free already (double free)")
             self._used[page] = 0
             self._free.append(page)
 
     def check_no_leak(self) -> None:
-        """Raise `RuntimeError` naming the pages that are still handed out; for use when nothing should be."""
+        """Raise `RuntimeError` naming the pages that are still handed out; for use when nothing
+        should be."""
         leaked = [page for page in range(self.pages) if self._used[page]]
         if leaked:
             shown = ", ".join(map(str, leaked[:8])) + (", ..." if len(leaked) > 8 else "")
-            raise RuntimeError(f"SlotAllocator: {len(leaked)} of {self.pages} pages leaked: {shown}")
+            raise RuntimeError(
+                f"SlotAllocator: {len(leaked)} of {self.pages} pages leaked: {shown}"
+            )

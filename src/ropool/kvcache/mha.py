@@ -1,4 +1,5 @@
-"""The KV pool of ordinary attention (multi-head, grouped-query): tensors in one of the page layouts."""
+"""The KV pool of ordinary attention (multi-head, grouped-query): tensors in one of the page
+layouts."""
 
 from __future__ import annotations
 
@@ -15,16 +16,17 @@ PACK_BYTES = 16
 
 
 class MHAPool:
-    """K and V tensors of `layers` layers, zeroed, each layer of `P` pages with `B` tokens in `layout`.
+    """K and V tensors of `layers` layers, zeroed, each layer of `P` pages with `B` tokens in
+    `layout`.
 
-    Zeroed, and pages are zeroed again by `clear`, because attention reads whole pages under a mask: a NaN that an
-    earlier request left in a row would survive its multiplication by zero.
+    Zeroed, and pages are zeroed again by `clear`, because attention reads whole pages under a mask:
+    a NaN that an earlier request left in a row would survive its multiplication by zero.
 
     Args:
         dtype: the model's dtype, or float8_e4m3fn / float8_e5m2.
         v_head_dim: width of a value head; `head_dim` by default.
-        k_scales, v_scales: `[layers]` or `[layers, Hk]`, float32, only for an fp8 pool: stored values are divided by
-            them. 1 by default.
+        k_scales, v_scales: `[layers]` or `[layers, Hk]`, float32, only for an fp8 pool: stored
+            values are divided by them. 1 by default.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class MHAPool:
         self.dtype = dtype
         self.is_fp8 = dtype in FP8_DTYPES
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
-        k_shape, v_shape = _shapes(self.layout, pages, page_size, heads, head_dim, v_head_dim, dtype)
+        k_shape, v_shape = _shapes(
+            self.layout, pages, page_size, heads, head_dim, v_head_dim, dtype
+        )
         self._k = torch.zeros((layers, *k_shape), dtype=dtype, device=device)
         self._v = torch.zeros((layers, *v_shape), dtype=dtype, device=device)
         self._k_scales = self._scales("k_scales", k_scales, heads)
@@ -82,8 +86,13 @@ class MHAPool:
         if scales is None:
             return None
         if not self.is_fp8:
-            raise ValueError(f"MHAPool: {name} given, but the pool's dtype is {self.dtype}; scales need an fp8 pool")
-        if scales.dtype != torch.float32 or scales.shape not in ((self.layers,), (self.layers, heads)):
+            raise ValueError(
+                f"MHAPool: {name} given, but the pool's dtype is {self.dtype}; that needs fp8"
+            )
+        if scales.dtype != torch.float32 or scales.shape not in (
+            (self.layers,),
+            (self.layers, heads),
+        ):
             raise ValueError(
                 f"MHAPool: {name} is {scales.dtype} {tuple(scales.shape)}, "
                 f"must be float32 [{self.layers}] or [{self.layers}, {heads}]"
@@ -106,8 +115,8 @@ def _shapes(
     x = PACK_BYTES // dtype.itemsize
     if d % x or (layout is KVLayout.SHUFFLED and b % x):
         raise ValueError(
-            f"MHAPool: layout {layout.value} packs {x} elements of {dtype}; head_dim={d} and, if shuffled, "
-            f"page_size={b} must be multiples of that"
+            f"MHAPool: layout {layout.value} packs {x} elements of {dtype}; head_dim={d} and, if "
+            f"shuffled, page_size={b} must be multiples of that"
         )
     k_shape = (p, h, d // x, b, x)
     return k_shape, (p, h, dv, b) if layout is KVLayout.X_PACKED else (p, h, b // x, dv, x)

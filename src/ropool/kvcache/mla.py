@@ -1,4 +1,5 @@
-"""The latent pool of multi-head latent attention (MLA): one row a token instead of K and V heads."""
+"""The latent pool of multi-head latent attention (MLA): one row a token instead of K and V
+heads."""
 
 from __future__ import annotations
 
@@ -17,18 +18,20 @@ class MLAFormat(enum.StrEnum):
     FP8 = "fp8"
     """`L + R` values of fp8 with one scale a layer."""
     FP8_DS_MLA = "fp8_ds_mla"
-    """656 bytes: 512 float8_e4m3fn latents, 4 float32 scales (one per 128 latents), 64 bfloat16 rope values."""
+    """656 bytes: 512 float8_e4m3fn latents, 4 float32 scales (one per 128 latents), 64 bfloat16
+    rope values."""
 
 
 DS_MLA_BYTES = 512 + 4 * 4 + 64 * 2
 
 
 class MLAPool:
-    """Row tensors `[P, B, W]` of `layers` layers, zeroed, where `W` is `L + R` values, or 656 bytes.
+    """Row tensors `[P, B, W]` of `layers` layers, zeroed, where `W` is `L + R` values, or 656
+    bytes.
 
     Args:
-        dtype: the model's dtype for format `model`; float8_e4m3fn or float8_e5m2 for `fp8`; ignored for `fp8_ds_mla`,
-            which is uint8.
+        dtype: the model's dtype for format `model`; float8_e4m3fn or float8_e5m2 for `fp8`; ignored
+            for `fp8_ds_mla`, which is uint8.
         scales: `[layers]`, float32, only for format `fp8`. 1 by default.
     """
 
@@ -51,13 +54,18 @@ class MLAPool:
         if self.row_format is MLAFormat.FP8_DS_MLA:
             if (latent_dim, rope_dim) != (512, 64):
                 raise ValueError(
-                    f"MLAPool: row format fp8_ds_mla holds 512 latents and 64 rope values, got {latent_dim} and {rope_dim}"
+                    "MLAPool: row format fp8_ds_mla holds 512 latents and 64 rope values, "
+                    f"got {latent_dim} and {rope_dim}"
                 )
             dtype, width = torch.uint8, DS_MLA_BYTES
         elif (dtype.itemsize == 1) != (self.row_format is MLAFormat.FP8):
-            raise ValueError(f"MLAPool: row format {self.row_format.value} does not go with dtype {dtype}")
+            raise ValueError(
+                f"MLAPool: row format {self.row_format.value} does not go with dtype {dtype}"
+            )
         if scales is not None and (
-            self.row_format is not MLAFormat.FP8 or scales.dtype != torch.float32 or scales.shape != (layers,)
+            self.row_format is not MLAFormat.FP8
+            or scales.dtype != torch.float32
+            or scales.shape != (layers,)
         ):
             raise ValueError(f"MLAPool: scales must be float32 [{layers}] and the row format fp8")
         self._rows = torch.zeros((layers, pages, page_size, width), dtype=dtype, device=device)

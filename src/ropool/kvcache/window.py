@@ -1,7 +1,8 @@
 """Which pages of a sliding-window pool stand behind the pages of the full one.
 
-Layers with a sliding window need only the last tokens, so their pool is smaller. Requests are numbered by slots of the
-full pool everywhere; the ops translate through `slot_map`, and pages that fall out of the window are given back.
+Layers with a sliding window need only the last tokens, so their pool is smaller. Requests are
+numbered by slots of the full pool everywhere; the ops translate through `slot_map`, and pages that
+fall out of the window are given back.
 """
 
 from __future__ import annotations
@@ -14,13 +15,19 @@ from ropool.kvcache.allocator import SlotAllocator
 
 
 class WindowMap:
-    """Backs pages of a full pool with pages of a smaller window pool while they are inside the window.
+    """Backs pages of a full pool with pages of a smaller window pool while they are inside the
+    window.
 
     `slot_map` `[S_full]` int64: slot of the window pool, or -1 where no page stands behind.
     """
 
     def __init__(
-        self, *, full_pages: int, window_pages: int, page_size: int, device: torch.device | str = "cpu"
+        self,
+        *,
+        full_pages: int,
+        window_pages: int,
+        page_size: int,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.allocator = SlotAllocator(window_pages, page_size)
         self.slot_map = torch.full((full_pages * page_size,), -1, dtype=torch.int64, device=device)
@@ -32,8 +39,9 @@ class WindowMap:
         return self._window_page[full_page]
 
     def back(self, full_pages: Sequence[int]) -> list[int]:
-        """Put a window page behind each of `full_pages` and return those window pages. Raises `PoolExhaustedError`,
-        and does nothing, when too few are free; `ValueError` when one is backed already."""
+        """Put a window page behind each of `full_pages` and return those window pages. Raises
+        `PoolExhaustedError`, and does nothing, when too few are free; `ValueError` when one is
+        backed already."""
         for page in full_pages:
             if self._window_page[page] >= 0:
                 raise ValueError(f"WindowMap.back: page {page} is backed already")

@@ -1,12 +1,15 @@
 """The attention module that stands in a loaded model's `self_attn` places.
 
-The library's own seams were looked at first. Its attention interface and cache class begin after the layer has rotated
-Q and K, its hook for the rotation needs the `kernels` package and sees neither V nor the slots: going through them means
-a second pass over K, or a rotation that is undone. So the `self_attn` instances of the one loaded model are replaced;
-no class and no global of the library is touched, and everything else in the model stays its own.
+The library's own seams were looked at first. Its attention interface and cache class begin after
+the layer has rotated Q and K, its hook for the rotation needs the `kernels` package and sees
+neither V nor the slots: going through them means a second pass over K, or a rotation that is
+undone. So the `self_attn` instances of the one loaded model are replaced; no class and no global of
+the library is touched, and everything else in the model stays its own.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,26 +23,30 @@ from ropool.rotary import RotaryEmbedding
 class PooledAttention(nn.Module):
     """Attention whose QKV projection is one matrix and whose K and V go straight into the pool.
 
-    Takes over the weights of `original`, an attention module of a covered family: biases, QK-norm and output projection
-    included. Between projection and attention stands one `rope_store_kv_` call, which normalises, rotates and stores.
+    Takes over the weights of `original`, an attention module of a covered family: biases, QK-norm
+    and output projection included. Between projection and attention stands one `rope_store_kv_`
+    call, which normalises, rotates and stores.
     """
 
-    def __init__(self, original: nn.Module, layer: int, rotary: RotaryEmbedding) -> None:
+    def __init__(self, original: Any, layer: int, rotary: RotaryEmbedding) -> None:
         super().__init__()
         self.layer = layer
         self.rotary = rotary
+        self.rope_options: dict[str, Any] = dict(rotary.options)
         self.head_dim: int = original.head_dim
         self.scale: float = original.scaling
         projections = (original.q_proj, original.k_proj, original.v_proj)
         self.heads = [projection.out_features // self.head_dim for projection in projections]
         self.qkv_proj = _pack(projections)
         self.o_proj: nn.Linear = original.o_proj
-        self.q_norm: nn.Module | None = getattr(original, "q_norm", None)
-        self.k_norm: nn.Module | None = getattr(original, "k_norm", None)
-        self.norm_eps = 1e-6 if self.q_norm is None else self.q_norm.variance_epsilon
+        norms = getattr(original, "q_norm", None), getattr(original, "k_norm", None)
+        self.q_norm_weight, self.k_norm_weight = (norm and norm.weight for norm in norms)
+        if norms[0] is not None:
+            self.rope_options["norm_eps"] = norms[0].variance_epsilon
 
     def forward(self, hidden_states: Tensor, step: Step, **_: object) -> tuple[Tensor, None]:
-        """`hidden_states` `[T, hidden]`; the decoder layer passes `step` through and ignores the second result."""
+        """`hidden_states` `[T, hidden]`; the decoder layer passes `step` through and ignores the
+        second result."""
         qkv = self.qkv_proj(hidden_states).view(len(hidden_states), -1, self.head_dim)
         q, k, v = qkv.split(self.heads, dim=1)
         cache = step.layers[self.layer]
@@ -52,13 +59,12 @@ class PooledAttention(nn.Module):
             self.rotary.cos_sin_cache,
             step.positions,
             step.slots,
-            q_norm_weight=None if self.q_norm is None else self.q_norm.weight,
-            k_norm_weight=None if self.k_norm is None else self.k_norm.weight,
-            norm_eps=self.norm_eps,
+            q_norm_weight=self.q_norm_weight,
+            k_norm_weight=self.k_norm_weight,
             k_scale=cache.k_scale,
             v_scale=cache.v_scale,
             window_slot_map=cache.window_slot_map,
-            **self.rotary.options,
+            **self.rope_options,
         )
         out = paged_attention(q, step, self.layer, self.scale)
         return self.o_proj(out.view(len(hidden_states), -1)), None

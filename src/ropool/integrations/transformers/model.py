@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -22,30 +24,32 @@ def require_covered(family: str) -> None:
 
 
 class PooledModel:
-    """Runs a loaded `...ForCausalLM`. Its attention modules are replaced, so the model can no longer be called itself.
+    """Runs a loaded `...ForCausalLM`. Its attention modules are replaced, so the model can no
+    longer be called itself.
 
-    Embedding, decoder layers, norms and head are the model's own modules; only the loop over the layers is done here,
-    since the library's would also compute cos/sin tables and masks that nothing reads.
+    Embedding, decoder layers, norms and head are the model's own modules; only the loop over the
+    layers is done here, since the library's would also compute cos/sin tables and masks that
+    nothing reads.
 
     Raises `RopoolError` for a family that is not covered, or a rotation that ropool cannot express.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         config = model.config
         require_covered(config.model_type)
         try:
             rotary_config = RotaryConfig.from_hf(config)
         except ValueError as error:
             raise RopoolError(str(error)) from error
-        # LongRoPE and dynamic NTK change their frequencies with the length, which requests of one batch do not share:
-        # the context is then the part before the first change.
+        # LongRoPE and dynamic NTK change their frequencies with the length, which requests of one
+        # batch do not share: the context is then the part before the first change.
         last = length_range(rotary_config, 1)[1]
         context: int = config.max_position_embeddings
         context = context if last is None else min(context, last)
-        self._embed: nn.Module = model.get_input_embeddings()
+        self._embed = model.get_input_embeddings()
         self._layers = model.model.layers[: config.num_hidden_layers]
-        self._norm: nn.Module = model.model.norm
-        self._head: nn.Module = model.get_output_embeddings()
+        self._norm = model.model.norm
+        self._head = model.get_output_embeddings()
         weight = self._embed.weight
         rotary = RotaryEmbedding(rotary_config, context, device=weight.device)
         windows = []
@@ -72,15 +76,16 @@ class PooledModel:
         return self._head(self._norm(hidden[step.sample_rows])).float()
 
 
-def _window(config: object, attention: nn.Module) -> int | None:
-    """The sliding window of a layer: the Qwen families keep it in the layer, Mistral in the config for all layers."""
+def _window(config: Any, attention: nn.Module) -> int | None:
+    """The sliding window of a layer: the Qwen families keep it in the layer, Mistral in the config
+    for all layers."""
     window: int | None = getattr(attention, "sliding_window", None)
-    if config.model_type == "mistral":  # type: ignore[attr-defined]
+    if config.model_type == "mistral":
         window = getattr(config, "sliding_window", None)
     return window
 
 
-def _eos_ids(model: nn.Module) -> frozenset[int]:
+def _eos_ids(model: Any) -> frozenset[int]:
     """End-of-text tokens; the generation config goes first, as in the library's own `generate`."""
     for config in (getattr(model, "generation_config", None), model.config):
         ids = getattr(config, "eos_token_id", None)

@@ -1,0 +1,200 @@
+"""`ropool generate`: text from a model whose KV pool ropool writes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ropool.dispatch import chosen
+from ropool.engine import Engine, Request, SamplingParams
+from ropool.errors import RopoolError
+from ropool.integrations.transformers import load
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+CACHE_DTYPES = {
+    "auto": None,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+MAX_REQUESTS = 64
+POOL_BYTES = 2 << 30
+"""Most that the pool takes when `--pool-tokens` is not given."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command and its options."""
+    parser = subparsers.add_parser(
+        "generate", help="generate text with a model whose KV pool ropool writes"
+    )
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT")
+    parser.add_argument("--prompts-file", metavar="F", help="more prompts, one a line")
+    parser.add_argument(
+        "--model",
+        default="smollm2",
+        metavar="smollm2|DIR|FILE.gguf|HUB_ID",
+        help="default: smollm2, SmolLM2-135M-Instruct",
+    )
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "xpu", "mps"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
+    parser.add_argument("--kv-cache-dtype", default="auto", choices=CACHE_DTYPES)
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="X")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every prompt")
+    parser.add_argument(
+        "--pool-tokens", type=int, metavar="N", help="slots of the KV pool; default: what is needed"
+    )
+    parser.add_argument(
+        "--no-chat-template", action="store_true", help="continue the prompt as it stands"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, no text")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate, print, and return the exit code. Raises `RopoolError` for what the caller can
+    mend."""
+    params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    prompts = _prompts(args)
+    device = _device(args.device)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model, tokenizer = load(
+        args.model,
+        device=device,
+        dtype=_dtype(args.dtype, device),
+        report=lambda message: print(f"ropool: {message}", file=sys.stderr, flush=True),
+    )
+    tokens = [_encode(tokenizer, prompt, chat=not args.no_chat_template) for prompt in prompts]
+    cache_dtype = CACHE_DTYPES[args.kv_cache_dtype]
+    if args.pool_tokens is None:
+        dtype = cache_dtype or model.spec.dtype
+        slot_bytes = 2 * len(model.spec.windows) * model.spec.heads_kv * model.spec.head_dim
+        most = POOL_BYTES // (slot_bytes * dtype.itemsize)
+        pool_tokens = _pool_tokens([len(prompt) for prompt in tokens], params, most)
+    else:
+        pool_tokens = args.pool_tokens
+    engine = Engine(
+        model,
+        tokenizer,
+        pool_tokens=pool_tokens,
+        cache_dtype=cache_dtype,
+        max_requests=MAX_REQUESTS,
+    )
+    requests = [engine.add(prompt, params) for prompt in tokens]
+    _generate(engine, requests, prompts, show=not args.json)
+    if args.json:
+        print(json.dumps(_report(args.model, device, engine, requests, prompts)))
+    else:
+        _print_table(device, engine)
+    return 0
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompts)
+    if args.prompts_file is not None:
+        lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
+        prompts += [line for line in lines if line.strip()]
+    if not prompts:
+        raise RopoolError("no prompt: give one or more PROMPT, or --prompts-file")
+    return prompts
+
+
+def _device(name: str) -> torch.device:
+    backends = {"cuda": torch.cuda, "xpu": torch.xpu, "mps": torch.mps}
+    present = [kind for kind, module in backends.items() if module.is_available()] + ["cpu"]
+    if name == "auto":
+        return torch.device(present[0])
+    if name not in present:
+        raise RopoolError(f"device {name} is not available; available: {', '.join(present)}")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """On a CPU float32: without bfloat16 instructions bfloat16 halves the time of one request's
+    decoding and takes a multiple of it everywhere else."""
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16"
+    return DTYPES[name]
+
+
+def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
+    if chat and tokenizer.chat_template:
+        message = [{"role": "user", "content": prompt}]
+        return list(
+            tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+        )
+    return list(tokenizer(prompt)["input_ids"])
+
+
+def _pool_tokens(prompt_tokens: list[int], params: SamplingParams, most: int) -> int:
+    """Room for every request at once, within `most`, but always for the largest one."""
+    needs = sorted((tokens + params.max_new_tokens for tokens in prompt_tokens), reverse=True)
+    rounded = [-(-need // 16) * 16 for need in needs[:MAX_REQUESTS]]
+    return max(rounded[0], min(sum(rounded), most))
+
+
+def _generate(engine: Engine, requests: list[Request], prompts: list[str], *, show: bool) -> None:
+    """Run to the end. One prompt streams; of several each answer is printed when it is complete."""
+    numbers = {request: number for number, request in enumerate(requests)}
+    for event in engine.stream():
+        if not show:
+            continue
+        if len(requests) == 1:
+            print(event.text, end="", flush=True)
+        elif event.request.finish_reason is not None:
+            number = numbers[event.request]
+            print(f"[{number + 1}] {prompts[number]}\n{event.request.text}\n", flush=True)
+    if show and len(requests) == 1:
+        print("\n")
+
+
+def _report(
+    model: str, device: torch.device, engine: Engine, requests: list[Request], prompts: list[str]
+) -> dict[str, Any]:
+    allocator = engine.cache.allocator
+    return {
+        "model": model,
+        "device": device.type,
+        "outputs": [
+            {
+                "prompt": prompt,
+                "text": request.text,
+                "tokens": request.output,
+                "finish_reason": request.finish_reason,
+            }
+            for prompt, request in zip(prompts, requests, strict=True)
+        ],
+        "kernels": dict(chosen),
+        "prefill_tokens_per_s": engine.throughput.prefill_tokens_per_s,
+        "decode_tokens_per_s": engine.throughput.decode_tokens_per_s,
+        "pool": {
+            "slots": allocator.slots,
+            "peak_used": allocator.peak_used_slots,
+            "leaked": allocator.used_slots,
+        },
+    }
+
+
+def _print_table(device: torch.device, engine: Engine) -> None:
+    allocator, speed = engine.cache.allocator, engine.throughput
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    rows = [("device", f"{device.type} {name}".strip())]
+    rows += [(f"kernel of {op}", label) for op, label in chosen.items()]
+    rows += [
+        ("prefill", f"{speed.prefill_tokens_per_s:.1f} tokens/s"),
+        ("decode", f"{speed.decode_tokens_per_s:.1f} tokens/s"),
+        ("pool slots used", f"{allocator.peak_used_slots} of {allocator.slots}"),
+    ]
+    width = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        print(f"{label:<{width}}  {value}")

@@ -1,0 +1,97 @@
+"""GGUF files: read and dequantised once, then kept as safetensors in the user's cache directory.
+
+Reading one takes the library many seconds, since it unpacks every weight and token in Python.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging
+
+from ropool.errors import RopoolError
+from ropool.integrations.transformers.model import require_covered
+
+_FORMAT = 1
+"""Raised when what is written changes, so that older conversions are not read."""
+
+
+def converted(path: Path, report: Callable[[str], None]) -> Path:
+    """The directory that holds `path` as float32 safetensors with config and tokenizer, made at the
+    first call.
+
+    Another process that converts the same file is waited for. A conversion that was cut short
+    leaves nothing that a later one would read. `report` is told before a conversion starts. Raises
+    `RopoolError` when the file is no GGUF, is truncated, or holds a model of a family that is not
+    covered.
+    """
+    directory = _cache_directory() / f"{path.stem}-{_identity(path)}"
+    if directory.is_dir():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(directory.with_name(directory.name + ".lock")):
+        if directory.is_dir():
+            return directory
+        partial = directory.with_name(directory.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        report(f"converting {path.name} to safetensors in {directory} (once, about half a minute)")
+        try:
+            _convert(path, partial)
+            os.rename(partial, directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return directory
+
+
+def _convert(path: Path, target: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise RopoolError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
+    bars = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+        require_covered(AutoConfig.from_pretrained(**source).model_type)
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    except RopoolError:
+        raise
+    except Exception as error:  # whatever a reader trips over in a broken file
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RopoolError(f"cannot read {path}: broken or truncated GGUF ({reason})") from error
+    finally:
+        if not bars:
+            logging.disable_progress_bar()
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _cache_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "ropool" / "models"
+
+
+def _identity(path: Path) -> str:
+    """Changes with the file, and with what converts it. The content is not read: it may be many
+    GiB."""
+    status = path.stat()
+    parts = (path.resolve(), status.st_size, status.st_mtime_ns, transformers.__version__, _FORMAT)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed, or the process dies
+        yield

