@@ -80,11 +80,12 @@ class RotaryEmbedding:
         """
         first, last = length_range(self.config, seq_len)
         before = next(reversed(self._tables.values()), None)
-        table = self._tables.pop(first, None)
+        table = self._tables.get(first)
         if table is None or len(table) < seq_len:
             rows = 0 if table is None else 2 * len(table)
             rows = max(seq_len, rows) if last is None else last
             table = cos_sin_cache(self.config, rows, self.dtype, self.device)
+        self._tables.pop(first, None)
         self._tables[first] = table
         if len(self._tables) > 2:
             del self._tables[next(iter(self._tables))]
