@@ -1,0 +1,113 @@
+"""Time on a CPU, and the rounds that every kind of device shares: all callables in turn, round
+after round, so that whatever drifts hits all alike."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, islice
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from ropool.bench.inputs import Inputs
+
+Timed = Callable[[Inputs], object]
+Sample = Callable[[], float]
+"""Runs a callable some times and gives microseconds a call."""
+
+SAMPLE_SECONDS = 2e-3
+"""A sample lasts at least so long; its value is the mean of its calls."""
+SETTLE_SECONDS = 3e-3
+"""Before each sample the callable runs untimed for so long: the worker threads of the one before it
+spin for a while before they sleep."""
+COPY_BYTES = 256 << 20
+
+
+class Timing(NamedTuple):
+    """The samples by name, and the bandwidth of a plain copy between them: its median."""
+
+    samples: dict[str, list[float]]
+    copy_gbps: float
+
+
+class Timer(Protocol):
+    """How calls are timed on a kind of device."""
+
+    def prepare(self, call: Timed, sets: Sequence[Inputs]) -> Sample:
+        """Warm `call` up and make what takes its samples."""
+
+    def copy_gbps(self) -> float:
+        """Bytes read plus bytes written a second, in 10^9, of one large copy."""
+
+
+def interleaved(samples: Mapping[str, Sample], timer: Timer, rounds: int) -> Timing:
+    """`rounds` times a copy and a sample of each, in turn."""
+    taken: dict[str, list[float]] = {name: [] for name in samples}
+    copies = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            copies.append(timer.copy_gbps())
+            for name, sample in samples.items():
+                taken[name].append(sample())
+    finally:
+        gc.enable()
+    return Timing(taken, float(np.median(copies)))
+
+
+class CpuTimer:
+    """Times with the host's clock; consecutive calls take consecutive sets."""
+
+    def __init__(self) -> None:
+        # Written here, so that the pages are there when the copy is timed.
+        source, target = (np.ones(COPY_BYTES, dtype=np.uint8) for _ in range(2))
+        threads = torch.get_num_threads()
+        self._parts = list(
+            zip(np.array_split(target, threads), np.array_split(source, threads), strict=True)
+        )
+        self._threads = ThreadPoolExecutor(threads)
+
+    def prepare(self, call: Timed, sets: Sequence[Inputs]) -> Sample:
+        """Find how many calls fill a sample."""
+        turn = cycle(sets)
+        call(next(turn))
+        settle(call, turn)
+        batch = list(islice(turn, 2))
+        each = microseconds(call, batch) / len(batch)
+        count = max(1, round(SAMPLE_SECONDS * 1e6 / each))
+
+        def sample() -> float:
+            settle(call, turn)
+            return microseconds(call, list(islice(turn, count))) / count
+
+        return sample
+
+    def copy_gbps(self) -> float:
+        """By as many threads as the kernels use, each with the C library's `memcpy`, which goes
+        past the cache where that is faster."""
+        start = time.perf_counter()
+        for part in [self._threads.submit(np.copyto, *part) for part in self._parts]:
+            part.result()
+        return 2 * COPY_BYTES / (time.perf_counter() - start) / 1e9
+
+
+def microseconds(call: Timed, batch: Sequence[Inputs]) -> float:
+    """What the calls of a batch take together."""
+    start = time.perf_counter_ns()
+    for inputs in batch:
+        call(inputs)
+    return (time.perf_counter_ns() - start) / 1e3
+
+
+def settle(call: Timed, turn: Iterator[Inputs]) -> None:
+    """Run untimed for `SETTLE_SECONDS`."""
+    end = time.perf_counter() + SETTLE_SECONDS
+    while True:
+        call(next(turn))
+        if time.perf_counter() >= end:
+            return

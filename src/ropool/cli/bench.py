@@ -1,0 +1,178 @@
+"""`ropool bench`: time the ops on this machine beside what a user would otherwise run."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ropool
+from ropool.bench.measure import Row, measure
+from ropool.bench.overhead import overhead
+from ropool.bench.providers import Provider, choose, providers
+from ropool.bench.report import table, write
+from ropool.bench.workload import (
+    DEFAULT_DTYPES,
+    DEFAULT_HEADS,
+    DEFAULT_TOKENS,
+    MLA_KV_DTYPES,
+    Workload,
+    workloads,
+)
+from ropool.cli import probes
+from ropool.dispatch import OPS
+from ropool.errors import RopoolError
+
+DEVICES = ("cpu", "cuda")
+DEFAULT_ROUNDS = 21
+WRONG_RESULT = 1
+BUSY_LOAD = 0.5
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the options of `ropool bench`."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="time the ops on this machine",
+        description=f"{__doc__} Lists are separated by commas.",
+        epilog=f"Exit code {WRONG_RESULT}: a provider's result was wrong.",
+    )
+    add = parser.add_argument
+    add("op", nargs="*", metavar="OP", help=f"of {', '.join(OPS)} (all)")
+    add("--providers", metavar="A,B", help="(every one that can run on the device)")
+    add("--tokens", metavar="T,T", help=f"({','.join(map(str, DEFAULT_TOKENS))})")
+    add(
+        "--heads",
+        metavar="FORMS",
+        help=f"HqxHkxD, and HqxL+R for the MLA ops ({','.join(DEFAULT_HEADS)})",
+    )
+    add("--dtype", metavar="DTYPES", help=f"of the model ({','.join(DEFAULT_DTYPES)})")
+    add("--kv-dtype", metavar="DTYPES", help=f"of the pool: {', '.join(MLA_KV_DTYPES)} (auto)")
+    add("--device", choices=("auto", *DEVICES), default="auto", help="(a GPU if there is one)")
+    add(
+        "--rounds",
+        type=int,
+        default=DEFAULT_ROUNDS,
+        metavar="N",
+        help="samples a row (%(default)s)",
+    )
+    add("--out", type=Path, metavar="DIR", help="write results.json, results.csv and plots here")
+    add(
+        "--overhead",
+        action="store_true",
+        help="measure instead what a call costs that has nothing to do, and where the time goes",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print each workload's table when it is done, and write the files."""
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+    warn_when_busy()
+    if args.overhead:
+        found = overhead()
+        print("\n".join(found.lines()))
+        if args.out is not None:
+            (args.out / "overhead.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
+        return 0
+    if args.rounds < 1:
+        raise RopoolError(f"bench: --rounds is {args.rounds}; at least 1 is needed")
+    wanted = workloads(
+        ops=args.op,
+        heads=listed(args.heads),
+        dtypes=listed(args.dtype),
+        kv_dtypes=listed(args.kv_dtype),
+        tokens=numbers(args.tokens),
+    )
+    device = device_named(args.device)
+    chosen = choose(listed(args.providers)) or usable(device)
+    if args.out is not None:
+        from ropool.bench.plots import draw  # before the measuring, should it not be installed
+
+    rows: list[Row] = []
+    numbered = itertools.count(1)
+
+    def started(workload: Workload) -> None:
+        print(f"[{next(numbered)}/{len(wanted)}] {workload.describe()}", flush=True)
+
+    for group in measure(wanted, chosen, device, args.rounds, started):
+        print("\n".join(table(group)), flush=True)
+        rows += group
+    if args.out is not None:
+        described = machine(device)
+        write(rows, described, args.out)
+        pictures = draw(rows, args.out, described["accelerator"] or described["cpu"])
+        names = ["results.json", "results.csv", "machine.json", *[path.name for path in pictures]]
+        print(f"wrote {', '.join(names)} to {args.out}")
+    return WRONG_RESULT if any(row.correct is False for row in rows) else 0
+
+
+def warn_when_busy() -> None:
+    """Say so when others use the machine: threads that wait for each other then show times that
+    have nothing to do with the kernels."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > BUSY_LOAD:
+        print(f"warning: the load average is {load:.1f}; the figures are worth little")
+
+
+def listed(value: str | None) -> list[str]:
+    """The items of a comma-separated option."""
+    return [item.strip() for item in value.split(",")] if value is not None else []
+
+
+def numbers(value: str | None) -> list[int]:
+    """The whole numbers of a comma-separated option."""
+    items = listed(value)
+    for item in items:
+        if not item.isdecimal():
+            raise RopoolError(f"bench: tokens is {item!r}; expected whole numbers, as 1,16,256")
+    return [int(item) for item in items]
+
+
+def device_named(name: str) -> torch.device:
+    """The device to measure on."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RopoolError("bench: --device is cuda, but PyTorch sees no CUDA device")
+    return torch.device(name)
+
+
+def usable(device: torch.device) -> list[Provider]:
+    """Every provider that can run here; the others are named with their reason."""
+    found = []
+    for provider in providers().values():
+        reason = provider.unavailable(device)
+        if reason is None:
+            found.append(provider)
+        else:
+            print(f"left out: {provider.name}: {reason}")
+    return found
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on, without what is private to this installation."""
+    probed: dict[str, Callable[[], Any]] = {
+        "cpu": probes.cpu_model,
+        "isa": probes.cpu_isa,
+        "cores": probes.cores,
+        "memory_gib": probes.memory_gib,
+        "threads": torch.get_num_threads,
+        "accelerator": lambda: (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        ),
+        "system": lambda: f"{platform.system()} {platform.release()}",
+        "python": platform.python_version,
+        "torch": lambda: torch.__version__,
+        "packages": probes.packages,
+    }
+    found = {name: probes.guarded(probe) for name, probe in probed.items()}
+    return {"ropool": ropool.__version__} | found
