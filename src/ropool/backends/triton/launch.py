@@ -1,0 +1,153 @@
+"""Bind a call to a compiled kernel and launch it.
+
+Kernels are compiled through `triton.compile` rather than through Triton's own dispatch, which would
+look at every argument of every call again: a bound launch knows its strides, so a call costs the
+addresses and one test of their alignment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.compiler import ASTSource
+from triton.runtime import driver
+
+from ropool.backends.triton import interpreting
+from ropool.backends.triton.call import Args, Call, describe
+from ropool.backends.triton.kernel import heads_kernel
+from ropool.backends.triton.plan import plan
+from ropool.dispatch.cache import Launch
+from ropool.dispatch.key import Key, Options
+
+ALIGNMENT = 16
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+"""Everything else, fp8 and byte rows, is stored as bytes."""
+_VECTORED = ("q", "k", "v", "q_out", "k_pool", "v_pool", "table", "q_weight", "k_weight")
+"""Tensors that are read or written in vectors, so that their alignment matters."""
+_COUNTS = ("tokens", "max_position", "pool_slots", "window_size", "padding_slot")
+
+
+def source(call: Call, args: Args, aligned: bool) -> ASTSource:
+    """What is to be compiled for `call`; `aligned`: the vectored tensors start at multiples of 16
+    bytes. Of a stride the compiler learns its type and the power of two in it, no more, so that
+    calls which differ in token counts or pool sizes share their code."""
+    signature: dict[str, str] = {}
+    constants = dict(call.constants)
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, name in enumerate(heads_kernel.arg_names):
+        number = call.numbers.get(name)
+        if name in call.sources:
+            tensor = args[call.sources[name]]
+            assert tensor is not None
+            signature[name] = _POINTERS.get(tensor.dtype, "*u8")
+            if aligned and name in _VECTORED:
+                attributes[(i,)] = [["tt.divisibility", ALIGNMENT]]
+        elif isinstance(number, float):
+            signature[name] = "fp32"
+        elif number:
+            signature[name] = "i32" if -(2**31) <= number < 2**31 else "i64"
+            if name not in _COUNTS:
+                attributes[(i,)] = [["tt.divisibility", min(number & -number, ALIGNMENT)]]
+        else:
+            signature[name] = "constexpr"
+            constants.setdefault(name, number)
+    return ASTSource(heads_kernel, signature, constants, attributes)
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _compile(call: Call, args: Args, aligned: bool, device: int) -> Any:
+    """The compiled kernel for the current device, the same object for all calls that share it."""
+    src = source(call, args, aligned)
+    shared = (device, call.warps, str(src.signature), str(src.constants), str(src.attrs))
+    if shared not in _compiled:
+        _compiled[shared] = triton.compile(src, options={"num_warps": call.warps})
+    return _compiled[shared]
+
+
+def _native_fp8(target: Any) -> bool:
+    """Whether the compiler's own fp8 conversion is used: where it was compared with ours."""
+    return target.backend == "cuda" and int(target.arch) >= 89
+
+
+def bind(key: Key, args: Args, options: Options) -> Launch:
+    """The launch of any of the five ops; see `ropool.dispatch.spec.KernelSpec`."""
+    first = args[0]
+    assert first is not None
+    if interpreting():
+        return _bind_interpreted(key, args, options)
+    module = torch.get_device_module(first.device)
+    index: int = first.device.index
+    with module.device(index):
+        target = driver.active.get_current_target()
+        cut = plan(key, first.shape[0], target.warp_size)
+        call = describe(key, args, options, cut, True, _native_fp8(target))
+        runners = {True: _compile(call, args, True, index)[(*call.grid, 1)]}
+
+    template = [_value(call, name) for name in heads_kernel.arg_names]
+    places = [(heads_kernel.arg_names.index(name), call.sources[name]) for name in call.sources]
+    vectored = [place for place in places if heads_kernel.arg_names[place[0]] in _VECTORED]
+    others = [place for place in places if place not in vectored]
+    current_device: Callable[[], int] = module.current_device
+
+    def launch(args: Args) -> None:
+        values = template.copy()
+        bits = 0
+        for parameter, i in vectored:
+            address = args[i].data_ptr()  # type: ignore[union-attr]
+            values[parameter] = address
+            bits |= address
+        for parameter, i in others:
+            values[parameter] = args[i].data_ptr()  # type: ignore[union-attr]
+        aligned = bits % ALIGNMENT == 0
+        if current_device() == index and aligned in runners:
+            runners[aligned](*values)
+            return
+        with module.device(index):
+            if aligned not in runners:
+                runners[aligned] = _compile(call, args, aligned, index)[(*call.grid, 1)]
+            runners[aligned](*values)
+
+    return launch
+
+
+def _value(call: Call, name: str) -> Any:
+    """What the kernel gets for a parameter that is no tensor."""
+    return call.constants.get(name, call.numbers.get(name))
+
+
+def _bind_interpreted(key: Key, args: Args, options: Options) -> Launch:
+    """Run the kernel in Triton's interpreter, on tensors in the host's memory."""
+    first = args[0]
+    assert first is not None
+    call = describe(key, args, options, plan(key, first.shape[0], 32), False, False)
+    fixed = {name: _value(call, name) for name in heads_kernel.arg_names}
+
+    def launch(args: Args) -> None:
+        tensors = {name: _pointer(args[i]) for name, i in call.sources.items()}
+        heads_kernel[(*call.grid, 1)](**{**fixed, **tensors})
+
+    return launch
+
+
+def _pointer(tensor: Tensor | None) -> Tensor:
+    """One element at the tensor's address: the interpreter copies whole storages of what it gets,
+    which must not be done to a pool."""
+    assert tensor is not None
+    dtype = tensor.dtype if tensor.dtype in _POINTERS else torch.uint8
+    if tensor.numel() == 0:
+        return torch.empty(1, dtype=dtype)
+    memory = (ctypes.c_char * tensor.element_size()).from_address(tensor.data_ptr())
+    return torch.frombuffer(memory, dtype=dtype)
