@@ -25,6 +25,8 @@ SETTLE_SECONDS = 3e-3
 """Before each sample the callable runs untimed for so long: the worker threads of the one before it
 spin for a while before they sleep."""
 COPY_BYTES = 256 << 20
+STREAMING_THREADS = 4
+STREAMING_COPIES = 9
 
 
 class Timing(NamedTuple):
@@ -65,12 +67,7 @@ class CpuTimer:
 
     def __init__(self) -> None:
         # Written here, so that the pages are there when the copy is timed.
-        source, target = (np.ones(COPY_BYTES, dtype=np.uint8) for _ in range(2))
-        threads = torch.get_num_threads()
-        self._parts = list(
-            zip(np.array_split(target, threads), np.array_split(source, threads), strict=True)
-        )
-        self._threads = ThreadPoolExecutor(threads)
+        self._source, self._target = torch.ones(2, COPY_BYTES // 4).unbind()
 
     def prepare(self, call: Timed, sets: Sequence[Inputs]) -> Sample:
         """Find how many calls fill a sample."""
@@ -88,12 +85,25 @@ class CpuTimer:
         return sample
 
     def copy_gbps(self) -> float:
-        """By as many threads as the kernels use, each with the C library's `memcpy`, which goes
-        past the cache where that is faster."""
+        """By PyTorch, with ordinary stores and as many threads as the kernels use."""
         start = time.perf_counter()
-        for part in [self._threads.submit(np.copyto, *part) for part in self._parts]:
-            part.result()
+        self._target.copy_(self._source)
         return 2 * COPY_BYTES / (time.perf_counter() - start) / 1e9
+
+
+def streaming_copy_gbps() -> float:
+    """As `CpuTimer.copy_gbps`, but with stores that go past the cache, which an ordinary store
+    does not: it first reads the line that it writes. The C library's `memcpy` uses them for pieces
+    of this size."""
+    threads = min(torch.get_num_threads(), STREAMING_THREADS)
+    source, target = np.ones((2, threads, COPY_BYTES), dtype=np.uint8)
+    found = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(STREAMING_COPIES):
+            start = time.perf_counter()
+            list(pool.map(np.copyto, target, source))
+            found.append(2 * source.nbytes / (time.perf_counter() - start) / 1e9)
+    return float(np.median(found))
 
 
 def microseconds(call: Timed, batch: Sequence[Inputs]) -> float:

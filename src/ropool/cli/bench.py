@@ -19,6 +19,7 @@ from ropool.bench.measure import Row, measure
 from ropool.bench.overhead import overhead
 from ropool.bench.providers import Provider, choose, providers
 from ropool.bench.report import table, write
+from ropool.bench.timing import streaming_copy_gbps
 from ropool.bench.workload import (
     DEFAULT_DTYPES,
     DEFAULT_HEADS,
@@ -76,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print each workload's table when it is done, and write the files."""
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-    warn_when_busy()
+    load = load_average()
+    if load is not None and load > BUSY_LOAD:
+        print(f"warning: the load average is {load:.1f}; on a busy machine the figures mean little")
     if args.overhead:
         found = overhead()
         print("\n".join(found.lines()))
@@ -107,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(table(group)), flush=True)
         rows += group
     if args.out is not None:
-        described = machine(device)
+        described = machine(device, load)
         write(rows, described, args.out)
         pictures = draw(rows, args.out, described["accelerator"] or described["cpu"])
         names = ["results.json", "results.csv", "machine.json", *[path.name for path in pictures]]
@@ -115,12 +118,10 @@ def run(args: argparse.Namespace) -> int:
     return WRONG_RESULT if any(row.correct is False for row in rows) else 0
 
 
-def warn_when_busy() -> None:
-    """Say so when others use the machine: threads that wait for each other then show times that
-    have nothing to do with the kernels."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load > BUSY_LOAD:
-        print(f"warning: the load average is {load:.1f}; the figures are worth little")
+def load_average() -> float | None:
+    """How busy the machine has been in the last minute, where the system tells. Where others use
+    it, threads wait for each other, and times have little to do with the kernels."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def listed(value: str | None) -> list[str]:
@@ -158,14 +159,18 @@ def usable(device: torch.device) -> list[Provider]:
     return found
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on, without what is private to this installation."""
+def machine(device: torch.device, load: float | None) -> dict[str, Any]:
+    """What the figures depend on, without what is private to this installation; `load` is the load
+    average before the run."""
     probed: dict[str, Callable[[], Any]] = {
         "cpu": probes.cpu_model,
         "isa": probes.cpu_isa,
         "cores": probes.cores,
         "memory_gib": probes.memory_gib,
         "threads": torch.get_num_threads,
+        "streaming_copy_gbps": lambda: (
+            round(streaming_copy_gbps(), 1) if device.type == "cpu" else None
+        ),
         "accelerator": lambda: (
             torch.cuda.get_device_name(device) if device.type == "cuda" else None
         ),
@@ -175,4 +180,4 @@ def machine(device: torch.device) -> dict[str, Any]:
         "packages": probes.packages,
     }
     found = {name: probes.guarded(probe) for name, probe in probed.items()}
-    return {"ropool": ropool.__version__} | found
+    return {"ropool": ropool.__version__} | found | {"load_average": load}
