@@ -17,7 +17,7 @@ from oracle import compare, expected
 from oracle.compare import tensors_of
 from ops import grids
 from ops.backend import BACKENDS
-from ops.calls import Case, arguments
+from ops.calls import Args, arguments
 from ops.memory import compacted
 
 PAGE = mmap.PAGESIZE
@@ -53,14 +53,13 @@ class Fence:
         return self.view
 
 
-def run(case: Case, backend: str, at_end: bool) -> None:
-    args = arguments(case)
+def run(op: str, args: Args, backend: str, at_end: bool) -> None:
     fences = {n: Fence(t, at_end) for n, t in tensors_of(args).items() if t.numel() > 0}
     after = {**args, **{name: fence.view for name, fence in fences.items()}}
-    getattr(ropool, case.op)(**after, backend=backend)
+    getattr(ropool, op)(**after, backend=backend)
     results = {**after, **{name: fence.release() for name, fence in fences.items()}}
     plain = compacted(args)
-    compare(plain, compacted(results), expected(case.op, plain))
+    compare(plain, compacted(results), expected(op, plain))
 
 
 def main(backend: str) -> None:
@@ -73,10 +72,12 @@ def main(backend: str) -> None:
         *grids.store_mla_cases(),
         *grids.rope_store_mla_cases(),
     ]
-    for case in cases:
-        for at_end in (True, False):
+    for number, case in enumerate(cases):
+        args = arguments(case)
+        # What runs on past an end is common, what starts too early is rare.
+        for at_end in (True, False) if number % 3 == 0 else (True,):
             print(f"{'end' if at_end else 'start'} of {case}", flush=True)
-            run(case, backend, at_end)
+            run(case.op, args, backend, at_end)
     print("done")
 
 

@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from oracle.formats import bounds, decode
 from oracle.ops import Expected
+
+Bools = NDArray[np.bool_]
 
 
 class Mismatch(AssertionError):
@@ -37,21 +40,27 @@ def compare(
         _check_written(after[result.arg], result)
 
 
-def _written_bytes(tensor: torch.Tensor, results: Sequence[Expected]) -> torch.Tensor:
+def _as_view(tensor: torch.Tensor, elements: Bools) -> Bools:
+    """`elements`, one of each element of the tensor's storage, seen as the tensor sees them."""
+    size = elements.itemsize
+    strides = [stride * size for stride in tensor.stride()]
+    first = elements[tensor.storage_offset() :]
+    return np.lib.stride_tricks.as_strided(first, tuple(tensor.shape), strides)
+
+
+def _written_bytes(tensor: torch.Tensor, results: Sequence[Expected]) -> Bools:
     """For each byte of the storage, whether a result may change it."""
     size = tensor.element_size()
-    total = tensor.untyped_storage().nbytes() // size
-    elements = torch.zeros(total, dtype=torch.bool)
-    view = elements.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    elements = np.zeros(tensor.untyped_storage().nbytes() // size, dtype=np.bool_)
+    view = _as_view(tensor, elements)
     for result in results:
-        written = result.written
-        if result.columns is not None:
-            width = result.columns.stop - result.columns.start
-            written = np.repeat(written, width // written.shape[-1], axis=-1)
-            view[..., result.columns] |= torch.from_numpy(written)
+        if result.columns is None:
+            view |= result.written
         else:
-            view |= torch.from_numpy(written)
-    return elements.repeat_interleave(size)
+            width = result.columns.stop - result.columns.start
+            wide = np.repeat(result.written, width // result.written.shape[-1], axis=-1)
+            view[..., result.columns] |= wide
+    return np.repeat(elements, size)
 
 
 def _check_untouched(
@@ -63,8 +72,8 @@ def _check_untouched(
     for name, tensor in before.items():
         storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
     for names in storages.values():
-        old, new = storage_bytes(before[names[0]]), storage_bytes(after[names[0]])
-        changed = old != new.cpu()
+        old, new = (storage_bytes(args[names[0]]).cpu().numpy() for args in (before, after))
+        changed = old != new
         if not changed.any():
             continue
         for name in names:
@@ -77,19 +86,17 @@ def _check_untouched(
 
 
 def _describe_stray(
-    before: Mapping[str, torch.Tensor], names: Sequence[str], changed: torch.Tensor
+    before: Mapping[str, torch.Tensor], names: Sequence[str], changed: Bools
 ) -> str:
     for name in names:
-        tensor = before[name]
-        whole = changed[: len(changed) // tensor.element_size() * tensor.element_size()]
-        elements = whole.view(-1, tensor.element_size()).any(dim=1)
-        view = elements.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-        if view.any():
-            where = view.nonzero()
+        size = before[name].element_size()
+        whole = changed[: len(changed) // size * size].reshape(-1, size).any(axis=1)
+        where = np.argwhere(_as_view(before[name], whole))
+        if len(where):
             return f"{name}{where[0].tolist()} changed and must not ({len(where)} elements in all)"
-    where = changed.nonzero()
+    where = np.flatnonzero(changed)
     return (
-        f"byte {where[0].item()} outside every view of the storage of {'/'.join(names)} changed "
+        f"byte {where[0]} outside every view of the storage of {'/'.join(names)} changed "
         f"({len(where)} bytes in all)"
     )
 
