@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
 from ropool.errors import RopoolError
@@ -53,28 +53,42 @@ def converted(path: Path, report: Callable[[str], None]) -> Path:
 
 
 def _convert(path: Path, target: Path) -> None:
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise RopoolError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
+    if (family := _architecture(path)) is not None:
+        require_covered(family)
     bars = logging.is_progress_bar_enabled()
     logging.enable_progress_bar()
     try:
         source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-        require_covered(AutoConfig.from_pretrained(**source).model_type)
         model = AutoModelForCausalLM.from_pretrained(
             **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
         )
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    except RopoolError:
-        raise
     except Exception as error:  # whatever a reader trips over in a broken file
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise RopoolError(f"cannot read {path}: broken or truncated GGUF ({reason})") from error
     finally:
         if not bars:
             logging.disable_progress_bar()
+    require_covered(model.config.model_type)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _architecture(path: Path) -> str | None:
+    """The model family in the header, when it stands first as usual: the library reads the whole
+    file for it."""
+    key = b"general.architecture"
+    with path.open("rb") as file:
+        head = file.read(256)
+    if head[:4] != b"GGUF":
+        raise RopoolError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
+    # Magic, version and two counts; length and text of the first key; type 8 (string), length,
+    # text.
+    start = 24 + 8 + len(key) + 4 + 8
+    if len(head) < start or head[32 : 32 + len(key)] != key:
+        return None
+    length = int.from_bytes(head[start - 8 : start], "little")
+    return head[start : start + length].decode(errors="replace")
 
 
 def _cache_directory() -> Path:

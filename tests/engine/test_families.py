@@ -1,0 +1,205 @@
+"""Each family gives the tokens and logits of `transformers`, whatever shares its batch and its
+pool."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import tiny
+from ropool.engine import Engine, FinishReason, Request, SamplingParams
+from ropool.engine import engine as engine_module
+from ropool.engine.sampling import sample
+from ropool.errors import RopoolError
+from ropool.integrations.transformers import PooledModel
+from ropool.integrations.transformers import attention as attention_module
+
+NEW_TOKENS = 24
+PARAMS = SamplingParams(max_new_tokens=NEW_TOKENS)
+
+TOLERANCE = {
+    # Logits are near 10 in these models. Sums of some hundred products, in another order.
+    torch.float32: {"rtol": 1e-4, "atol": 2e-4},
+}
+
+
+@pytest.fixture
+def logits_of(monkeypatch: pytest.MonkeyPatch) -> dict[Request, list[Tensor]]:
+    """Filled with the logits from which each token of each request was chosen."""
+    seen: dict[Request, list[Tensor]] = defaultdict(list)
+
+    def spy(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+        for row, request in zip(logits, requests, strict=True):
+            seen[request].append(row.clone())
+        return sample(logits, requests)
+
+    monkeypatch.setattr(engine_module, "sample", spy)
+    return seen
+
+
+def run_with_joins(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Request]:
+    """Requests join in pairs, a few steps apart."""
+    requests: list[Request] = []
+    for first in range(0, len(prompts), 2):
+        requests += [engine.add(prompt, PARAMS) for prompt in prompts[first : first + 2]]
+        for _ in range(5):
+            engine.step()
+    for _ in engine.stream():
+        pass
+    return requests
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_ragged_batches_agree_with_transformers(
+    name: str, logits_of: dict[Request, list[Tensor]]
+) -> None:
+    model = tiny.build(name)
+    prompts = tiny.prompts(8, longest=70)
+    # So small that requests are preempted, with chunks shorter than most prompts.
+    engine = Engine(
+        PooledModel(tiny.copy_of(model)), pool_tokens=192, max_requests=5, max_batch_tokens=23
+    )
+    requests = run_with_joins(engine, prompts)
+    assert engine.scheduler.preemptions > 0
+    for prompt, request in zip(prompts, requests, strict=True):
+        tokens, logits = tiny.greedy(model, prompt, NEW_TOKENS)
+        top = logits.topk(2).values
+        assert (top[:, 0] - top[:, 1]).min() > 1e-3, "a tie would make this test a coin toss"
+        assert request.output == tokens
+        assert request.finish_reason is FinishReason.LENGTH
+        got = torch.stack(logits_of[request])
+        torch.testing.assert_close(got, logits, **TOLERANCE[torch.float32])
+    engine.cache.allocator.check_no_leak()
+    if engine.cache.window_map is not None:
+        engine.cache.window_map.allocator.check_no_leak()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_bfloat16_agrees_with_transformers(
+    name: str, logits_of: dict[Request, list[Tensor]]
+) -> None:
+    model = tiny.build(name).bfloat16()
+    exact = tiny.build(name)
+    prompt = tiny.prompts(1, longest=70, seed=1)[0]
+    engine = Engine(PooledModel(tiny.copy_of(model)), pool_tokens=256)
+    request = engine.generate([prompt], SamplingParams(max_new_tokens=1))[0]
+    with torch.inference_mode():
+        reference = exact(torch.tensor([prompt])).logits[0, -1]
+        theirs = model(torch.tensor([prompt])).logits[0, -1].float()
+    ours = logits_of[request][0]
+    # Both round to bfloat16 in other places; ours must not be further from float32 than theirs.
+    error, allowed = (ours - reference).norm(), (theirs - reference).norm()
+    assert error < 1.5 * allowed
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-window"])
+def test_one_op_call_a_layer_and_no_other_rotation(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.build(name)
+    module = __import__(type(model).__module__, fromlist=["_"])
+    calls = 0
+    op = attention_module.rope_store_kv_
+
+    def count(*args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        op(*args, **kwargs)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("rotated a second time")
+
+    pooled = PooledModel(model)
+    monkeypatch.setattr(attention_module, "rope_store_kv_", count)
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", refuse)
+    monkeypatch.setattr(model.model.rotary_emb, "forward", refuse)
+    engine = Engine(pooled, pool_tokens=64)
+    engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=4))
+    assert calls == 4 * model.config.num_hidden_layers
+
+
+def test_a_window_pool_holds_windows_only() -> None:
+    engine = Engine(
+        PooledModel(tiny.build("mistral-window")),
+        pool_tokens=1024,
+        max_requests=2,
+        max_batch_tokens=32,
+    )
+    window_map = engine.cache.window_map
+    assert window_map is not None and False not in engine.cache.pools
+    # Per request: 21 tokens touch 3 pages of 16 at most, and a new one may join; a chunk adds 2.
+    assert window_map.allocator.slots == (2 * 4 + 2) * 16
+    engine.generate([[5] * 100, [6] * 130], SamplingParams(max_new_tokens=100))
+    assert engine.cache.allocator.peak_used_slots > 400
+    assert window_map.allocator.peak_used_slots <= 2 * 5 * 16
+    window_map.allocator.check_no_leak()
+
+
+def test_nan_in_a_free_page_reaches_nobody() -> None:
+    model = tiny.build("qwen2-some-windows")
+    engine = Engine(PooledModel(tiny.copy_of(model)), pool_tokens=256)
+    for pool in engine.cache.pools.values():
+        for layer in range(pool.layers):
+            pool.k(layer).fill_(torch.nan)
+            pool.v(layer).fill_(torch.nan)
+    prompts = tiny.prompts(3, longest=40, seed=3)
+    for prompt, request in zip(prompts, engine.generate(prompts, PARAMS), strict=True):
+        assert request.output == tiny.greedy(model, prompt, NEW_TOKENS)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_an_fp8_pool_is_the_exact_one_rounded(
+    dtype: torch.dtype, logits_of: dict[Request, list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = PooledModel(tiny.build("llama"))
+    prompts = tiny.prompts(2, longest=60, seed=2)
+    stored = Engine(model, pool_tokens=256, cache_dtype=dtype, max_batch_tokens=64)
+    assert stored.cache.layers[0].k.dtype == dtype
+    requests = stored.generate(prompts, PARAMS)
+
+    op = attention_module.rope_store_kv_
+
+    def store_and_round(*args: Any, **kwargs: Any) -> None:
+        op(*args, **kwargs)
+        for pool in args[3:5]:
+            pool.copy_(pool.to(dtype).float())
+
+    monkeypatch.setattr(attention_module, "rope_store_kv_", store_and_round)
+    rounded = Engine(model, pool_tokens=256, max_batch_tokens=64).generate(prompts, PARAMS)
+    for ours, theirs in zip(requests, rounded, strict=True):
+        assert ours.output == theirs.output
+        torch.testing.assert_close(
+            torch.stack(logits_of[ours]), torch.stack(logits_of[theirs]), **TOLERANCE[torch.float32]
+        )
+
+
+def test_longrope_context_ends_where_the_frequencies_change() -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 64,
+    }
+    model = tiny.build("llama", rope_parameters=rope)
+    pooled = PooledModel(tiny.copy_of(model))
+    assert pooled.spec.max_position == 64
+    engine = Engine(pooled, pool_tokens=64)
+    prompt = [3, 1, 4, 1, 5]
+    request = engine.generate([prompt], PARAMS)[0]
+    assert request.output == tiny.greedy(model, prompt, NEW_TOKENS)[0]
+
+
+def test_a_family_that_is_not_covered_is_named() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16))
+    with pytest.raises(
+        RopoolError, match="'gpt2' is not covered; covered: llama, mistral, qwen2, qwen3"
+    ):
+        PooledModel(model)

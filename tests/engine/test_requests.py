@@ -1,0 +1,141 @@
+"""Requests: limits, ends, aborts, seeds and streaming."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine import tiny
+from ropool.engine import Engine, FinishReason, SamplingParams
+from ropool.errors import RopoolError
+from ropool.integrations.transformers import PooledModel
+
+
+@pytest.fixture(scope="module")
+def model() -> PooledModel:
+    return PooledModel(tiny.build("llama", num_hidden_layers=2))
+
+
+def test_a_prompt_longer_than_the_context_is_refused(model: PooledModel) -> None:
+    engine = Engine(model, pool_tokens=512)
+    with pytest.raises(RopoolError, match="256 tokens; the model's context holds 256"):
+        engine.add([1] * 256)
+    request = engine.generate([[1] * 255])[0]
+    assert len(request.output) == 1 and request.finish_reason is FinishReason.LENGTH
+
+
+def test_the_context_ends_an_answer(model: PooledModel) -> None:
+    engine = Engine(model, pool_tokens=256)
+    request = engine.generate([[1] * 250], SamplingParams(max_new_tokens=100))[0]
+    assert len(request.tokens) == 256 and request.finish_reason is FinishReason.LENGTH
+
+
+def test_a_pool_too_small_for_one_request_is_refused(model: PooledModel) -> None:
+    engine = Engine(model, pool_tokens=32)
+    with pytest.raises(RopoolError, match="pool has 32 slots; .* 20 tokens .* needs 33"):
+        engine.add([1] * 20, SamplingParams(max_new_tokens=14))
+    assert len(engine.generate([[1] * 20], SamplingParams(max_new_tokens=13))[0].output) == 13
+    assert engine.cache.allocator.peak_used_slots == 32
+    with pytest.raises(RopoolError, match="pool of 0 tokens"):
+        Engine(model, pool_tokens=0)
+
+
+def test_an_empty_prompt_is_refused(model: PooledModel) -> None:
+    with pytest.raises(RopoolError, match="the prompt is empty"):
+        Engine(model, pool_tokens=32).add([])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": -0.5}, "temperature is -0.5"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+    ],
+)
+def test_sampling_params_are_checked(options: dict[str, float], message: str) -> None:
+    with pytest.raises(RopoolError, match=message):
+        SamplingParams(**options)  # type: ignore[arg-type]
+
+
+def test_an_end_of_text_token_ends_an_answer() -> None:
+    hf_model = tiny.build("llama")
+    tokens, _ = tiny.greedy(hf_model, [1, 2, 3], 20)
+    end = tokens[7]
+    hf_model.generation_config.eos_token_id = [end, 198]
+    model = PooledModel(hf_model)
+    assert model.spec.eos_ids == {end, 198}
+    request = Engine(model, pool_tokens=256).generate([[1, 2, 3]])[0]
+    assert request.finish_reason is FinishReason.STOP
+    assert request.output == tokens[: tokens.index(end) + 1]
+
+
+def test_abort_gives_the_slots_back(model: PooledModel) -> None:
+    engine = Engine(model, pool_tokens=256, max_requests=2)
+    running, other, waiting = (engine.add([n] * 20) for n in (1, 2, 3))
+    engine.step()
+    assert engine.cache.allocator.used_slots == 64
+    for request in (running, waiting, running):
+        engine.abort(request)
+    assert engine.cache.allocator.used_slots == 32
+    assert running.finish_reason is waiting.finish_reason is FinishReason.ABORT
+    assert [event.request for event in engine.step()] == [other]
+    engine.abort(other)
+    assert engine.unfinished == 0 and engine.step() == []
+    engine.cache.allocator.check_no_leak()
+
+
+def test_a_seed_decides_a_text_whatever_the_batch(model: PooledModel) -> None:
+    prompts = tiny.prompts(6, longest=30, seed=5)
+    params = [
+        SamplingParams(20, temperature=1.3, top_p=p, seed=seed)
+        for seed, p in enumerate([1, 0.9, 0.5, 1, 0.9, 0.8])
+    ]
+    alone = []
+    for prompt, param in zip(prompts, params, strict=True):
+        alone.append(Engine(model, pool_tokens=256).generate([prompt], param)[0].output)
+    # Preempted and resumed in between.
+    engine = Engine(model, pool_tokens=112, max_batch_tokens=11, max_requests=6)
+    requests = [engine.add(*pair) for pair in zip(prompts, params, strict=True)]
+    for _ in engine.stream():
+        pass
+    assert engine.scheduler.preemptions > 0
+    assert [request.output for request in requests] == alone
+    assert (
+        Engine(model, pool_tokens=256)
+        .generate([prompts[0]], SamplingParams(20, 1.3, 1, seed=99))[0]
+        .output
+        != alone[0]
+    )
+
+
+def test_events_come_as_tokens_are_made(model: PooledModel) -> None:
+    engine = Engine(model, pool_tokens=256)
+    request = engine.add([1, 2, 3], SamplingParams(max_new_tokens=5))
+    seen = []
+    for event in engine.stream():
+        assert event.request is request and event.token == request.output[-1]
+        seen.append(event.token)
+        if len(seen) == 2:  # joins while the other runs
+            late = engine.add([9], SamplingParams(max_new_tokens=1))
+            for _ in engine.step():
+                pass
+            assert late.finish_reason is FinishReason.LENGTH
+            seen.append(request.output[-1])
+    assert seen == request.output
+
+
+def test_first_come_first_served(model: PooledModel) -> None:
+    engine = Engine(model, pool_tokens=64, max_requests=8)
+    requests = [engine.add([n] * 30, SamplingParams(max_new_tokens=6)) for n in range(1, 7)]
+    order = [e.request for e in engine.stream() if e.request.finish_reason is not None]
+    assert order == requests
+
+
+def test_throughput_counts_prompts_and_answers(model: PooledModel) -> None:
+    engine = Engine(model, pool_tokens=256, max_batch_tokens=16, max_requests=4)
+    engine.generate([[1] * 40], SamplingParams(max_new_tokens=10))
+    speed = engine.throughput
+    assert (speed.prefill_tokens, speed.decode_tokens) == (40, 9)
+    assert speed.prefill_tokens_per_s > 0 and speed.decode_tokens_per_s > 0

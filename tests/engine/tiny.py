@@ -1,0 +1,116 @@
+"""Tiny models of each family, with weights that leave no close calls, and what `transformers`
+itself makes of them."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCAB = 199
+
+_COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama-9x3-tied": {
+        "model_type": "llama",
+        "hidden_size": 72,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "llama-bias-llama3": {
+        "model_type": "llama",
+        "attention_bias": True,
+        "rope_parameters": LLAMA3_ROPE,
+    },
+    "llama-one-kv-head": {"model_type": "llama", "num_key_value_heads": 1},
+    "mistral-wide-heads": {"model_type": "mistral", "head_dim": 24, "sliding_window": None},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 21},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2-some-windows": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 18,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
+}
+
+
+def build(name: str, **changes: Any) -> Any:
+    """The `transformers` model `name` of `MODELS` with random float32 weights, the same at each
+    call."""
+    settings = {**_COMMON, **MODELS[name], **changes}
+    config = AutoConfig.for_model(**settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(parameter: Tensor, std: float, mean: float = 0.0) -> None:
+        parameter.normal_(mean, std, generator=generator)
+
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                # Wide logits (their spread is about 4) and attention that really chooses.
+                gain = 4.0 if "embed" in key or "lm_head" in key or "q_proj" in key else 1.5
+                normal(parameter, gain / parameter.shape[1] ** 0.5)
+            else:
+                normal(parameter, 0.3, 0.0 if key.endswith("bias") else 1.0)
+    return model
+
+
+def copy_of(model: Any) -> Any:
+    """A copy whose attention may be replaced."""
+    return copy.deepcopy(model)
+
+
+def prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of ragged lengths, 1 to `longest` tokens."""
+    draw = random.Random(seed)
+    return [[draw.randrange(VOCAB) for _ in range(draw.randint(1, longest))] for _ in range(count)]
+
+
+@torch.inference_mode()
+def greedy(model: Any, prompt: Sequence[int], count: int) -> tuple[list[int], Tensor]:
+    """What `transformers` answers to one prompt: its greedy tokens and their logits, `[count,
+    vocab]`."""
+    inputs = torch.tensor([prompt])
+    result = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=count,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    tokens: list[int] = result.sequences[0, len(prompt) :].tolist()
+    return tokens, torch.cat(result.logits)
