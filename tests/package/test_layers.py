@@ -70,3 +70,12 @@ def test_importing_ropool_imports_no_backend() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[] []"
+
+
+def test_no_test_folder_hides_a_package() -> None:
+    # pytest puts tests/ on the path, where even an empty folder counts as an importable package:
+    # with tests/triton, PyTorch believes that Triton is installed.
+    tests = Path(__file__).parents[1]
+    folders = {path.name for path in tests.iterdir() if path.is_dir()}
+    hidden = {"cuda", "mlx", "numpy", "packaging", "torch", "transformers", "triton"}
+    assert not folders & hidden, "name it after what is tested, such as triton_backend"
