@@ -635,6 +635,48 @@ def test_hazard_14_work_enough_for_every_thread(backend: Backend) -> None:
         check(case, backend)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("heads", [(128, 128), (96, 3), (67, 67)])
+def test_hazard_14_few_wide_tokens(
+    dtype: str, heads: tuple[int, int], backend: Backend
+) -> None:
+    """So wide that a token's heads are dealt to several threads, with scales of their own."""
+    case = Case(dtype=dtype, tokens=2, heads_q=heads[0], heads_kv=heads[1], head_dim=512)
+    fp8 = {"pool_dtype": FP8[0], "k_scale": "head", "v_scale": "head"}
+    variants: list[dict[str, Any]] = [
+        {"write_k": True, "q_norm": "float32", "k_norm": "float32"},
+        {**fp8, "q_out": FP8[1], "q_scale": "head", "write_k": True, "layout": "HND"},
+    ]
+    for fields in variants:
+        check(replace(case, pages=1, page_size=2, **fields), backend)
+
+
+LARGE: list[dict[str, Any]] = [
+    {"op": "store_kv_"},
+    {"op": "store_kv_", "layout": "HND", "pool_strides": "kv"},
+    {"op": "store_kv_", "layout": "x_packed", "pool_strides": "odd"},
+    {"op": "store_kv_", "pool_strides": "odd"},
+    {"op": "rope_store_kv_"},
+    {"op": "rope_store_kv_", "write_k": True, "pool_strides": "kv"},
+    {"op": "rope_store_kv_", "layout": "HND", "k_norm": "model", "strides": "packed"},
+    {"op": "rope_store_kv_", "head_dim": 513, "rotary_dim": 64},
+    {"op": "rope_store_kv_", "dtype": "float32", "tokens": 280},
+    {"op": "rope_store_kv_", "pool_dtype": FP8[0], "k_scale": "head", "tokens": 1100},
+    {"op": "rope_store_mla_", "tokens": 4000, "heads_q": 1, "head_dim": 64, "pages": 1000},
+]
+
+
+@pytest.mark.parametrize("fields", LARGE, ids=str)
+def test_hazard_14_stores_larger_than_the_caches(
+    fields: dict[str, Any], backend: Backend
+) -> None:
+    """More than 4 MiB into the pool, where a kernel may write past the caches, a whole line at a time."""
+    if backend.name == "reference":
+        pytest.skip("plain torch writes all sizes alike")
+    base = Case(tokens=560, heads_q=4, heads_kv=4, head_dim=512, pages=280, mistakes=True, seed=3)
+    check(replace(base, **fields), backend)
+
+
 # --- 15 head counts and dims ----------------------------------------------------------------------------
 
 

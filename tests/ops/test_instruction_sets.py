@@ -1,0 +1,39 @@
+"""The cpu backend on each instruction set that this machine has: the chosen one is tested everywhere else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ops.backend import BACKENDS, require
+
+HERE = Path(__file__).parent
+NAMES = ["scalar", "neon", "avx2", "avx512"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("part", ["grid", "hazards"])
+def test_instruction_set(name: str, part: str) -> None:
+    backend = next(backend for backend in BACKENDS if backend.name == "cpu")
+    require(backend)
+    from ropool.backends.cpu import isa
+
+    report = isa()
+    if name not in report["available"]:
+        pytest.skip(f"this machine or build has no {name}")
+    if name == report["chosen"]:
+        pytest.skip(f"{name} is what the other tests run")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "-k", "cpu", str(HERE / f"test_{part}.py")],
+        env={**os.environ, "ROPOOL_CPU_ISA": name, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
