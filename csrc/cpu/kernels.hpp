@@ -16,8 +16,8 @@ struct Heads {
     std::int64_t heads;
     std::int64_t dim;
     std::int64_t rotary_dim;  // 0: every dim passes through
-    const float* cos;         // neox: R/2 values; interleaved: R values, each twice
-    const float* sin;         // neox: R/2 values; interleaved: R values, -s then s
+    const float* cos;         // what the table kernel made; for float32 and float16 neox heads also the
+    const float* sin;         // R/2 values as they stand in a float32 table
     const float* weight;      // norm only
     float eps;
     const std::byte* scale;  // null: 1
@@ -25,7 +25,7 @@ struct Heads {
 };
 using HeadsFn = void (*)(const Heads&);
 
-// One cos/sin row as float32. rows[1], rows[2] and the masks are read only if `mask1` is not null: lanes whose mask is
+// One cos/sin row as float32, in the order in which the heads of a model dtype read it. rows[1], rows[2] and the masks are read only if `mask1` is not null: lanes whose mask is
 // all ones come from that row.
 struct TableRow {
     const std::byte* rows[3];
@@ -39,7 +39,7 @@ using TableFn = void (*)(const TableRow&);
 
 struct Kernels {
     HeadsFn (*heads)(DType in, DType out, bool interleaved, bool norm);
-    TableFn (*table)(DType table, bool interleaved);
+    TableFn (*table)(DType table, DType model, bool interleaved);
     // The 656-byte row's latent part: `dim` values in tiles of 128 to e4m3, one float32 scale a tile.
     void (*tiles)(DType in, const std::byte* src, std::byte* dst, std::byte* scales, std::int64_t dim);
     void (*widen)(DType in, const std::byte* src, float* dst, std::int64_t count);

@@ -12,7 +12,7 @@ namespace {
 // written to the pool above which they would only push other data out of the caches. Measured; see the benchmarks.
 constexpr std::int64_t kThreadedBytes = 256 * 1024;
 constexpr std::int64_t kPieceBytes = 128 * 1024;
-constexpr std::int64_t kStreamBytes = 4 * 1024 * 1024;
+constexpr std::int64_t kStreamBytes = 512 * 1024;
 
 std::int64_t row_bytes(const Rows& rows) { return rows.heads * rows.dim * size_of(rows.dtype); }
 
@@ -70,8 +70,10 @@ Plan::Plan(Call call) : call_(std::move(call)), kernels_(kernels()) {
         }
     }
     if (rotates) {
-        const bool as_it_stands = rotary.table_dtype == DType::f32 && !rotary.interleaved && rotary.streams.empty();
-        if (!as_it_stands) table_ = kernels_.table(rotary.table_dtype, rotary.interleaved);
+        const DType model = call_.q.heads > 0 ? call_.q.dtype : call_.k.dtype;
+        const bool as_it_stands = rotary.table_dtype == DType::f32 && model != DType::bf16 && !rotary.interleaved &&
+                                  rotary.streams.empty();
+        if (!as_it_stands) table_ = kernels_.table(rotary.table_dtype, model, rotary.interleaved);
         for (const std::uint8_t stream : rotary.streams) {
             mask1_.push_back(stream == 1 ? ~0U : 0U);
             mask2_.push_back(stream == 2 ? ~0U : 0U);

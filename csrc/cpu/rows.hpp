@@ -10,10 +10,10 @@ namespace {
 template <class T>
 void widen(const std::byte* src, float* dst, std::int64_t count) {
     std::int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth) store<F32>(bytes(dst), i, load<T>(src, i));
+    for (; i + kWidth <= count; i += kWidth) store<F32>(bytes(dst), i, canonical_nan(load<T>(src, i)));
     if (i < count) {
         const int n = static_cast<int>(count - i);
-        store_part<F32>(bytes(dst), i, load_part<T>(src, i, n), n);
+        store_part<F32>(bytes(dst), i, canonical_nan(load_part<T>(src, i, n)), n);
     }
 }
 
@@ -44,6 +44,32 @@ ROPOOL_INLINE Vec table_values(const TableRow& row, std::int64_t column, std::in
     return bit_cast<Vec>(values);
 }
 
+// What the heads of bfloat16 models read a block at a time. Neox: the even, then the odd frequencies of the block.
+// Interleaved: each frequency once, in the first half of its block's place.
+template <class T, bool Interleaved>
+ROPOOL_INLINE std::int64_t table_blocks(const TableRow& row) {
+    const auto values = [&](std::int64_t column, std::int64_t i) {
+        return canonical_nan(table_values<T, true>(row, column, i, kWidth));
+    };
+    std::int64_t i = 0;
+    if constexpr (Interleaved) {
+        for (; i + kWidth <= row.half; i += kWidth) {
+            store<F32>(bytes(row.cos), 2 * i, values(0, i));
+            store<F32>(bytes(row.sin), 2 * i, values(row.half, i));
+        }
+    } else {
+        for (; i + kBlock <= row.half; i += kBlock) {
+            const Two cos = deinterleave(values(0, i), values(0, i + kWidth));
+            const Two sin = deinterleave(values(row.half, i), values(row.half, i + kWidth));
+            store<F32>(bytes(row.cos), i, cos.even);
+            store<F32>(bytes(row.cos), i + kWidth, cos.odd);
+            store<F32>(bytes(row.sin), i, sin.even);
+            store<F32>(bytes(row.sin), i + kWidth, sin.odd);
+        }
+    }
+    return i;
+}
+
 template <class T, bool Interleaved, bool Whole>
 ROPOOL_INLINE void table_step(const TableRow& row, std::int64_t i, int n) {
     const Vec cos = table_values<T, Whole>(row, 0, i, n);
@@ -63,18 +89,24 @@ ROPOOL_INLINE void table_step(const TableRow& row, std::int64_t i, int n) {
     }
 }
 
-template <class T, bool Interleaved>
+template <class T, bool Interleaved, bool Blocks>
 void table(const TableRow& row) {
-    std::int64_t i = 0;
+    std::int64_t i = Blocks ? table_blocks<T, Interleaved>(row) : 0;
     for (; i + kWidth <= row.half; i += kWidth) table_step<T, Interleaved, true>(row, i, kWidth);
     if (i < row.half) table_step<T, Interleaved, false>(row, i, static_cast<int>(row.half - i));
 }
 
-TableFn select_table(DType dtype, bool interleaved) {
+template <class T>
+TableFn table_from(DType model, bool interleaved) {
+    if (model == DType::bf16) return interleaved ? table<T, true, true> : table<T, false, true>;
+    return interleaved ? table<T, true, false> : table<T, false, false>;
+}
+
+TableFn select_table(DType dtype, DType model, bool interleaved) {
     switch (dtype) {
-        case DType::f32: return interleaved ? table<F32, true> : table<F32, false>;
-        case DType::f16: return interleaved ? table<F16, true> : table<F16, false>;
-        case DType::bf16: return interleaved ? table<BF16, true> : table<BF16, false>;
+        case DType::f32: return table_from<F32>(model, interleaved);
+        case DType::f16: return table_from<F16>(model, interleaved);
+        case DType::bf16: return table_from<BF16>(model, interleaved);
         default: return nullptr;
     }
 }

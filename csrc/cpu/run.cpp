@@ -32,6 +32,14 @@ float* scratch(std::int64_t floats) {
     return memory.data();
 }
 
+// Tokens between asking for a row and using it; twice that for rows of which only the page is asked for.
+constexpr std::int64_t kAhead = 2;
+
+template <bool write>
+void prefetch(const std::byte* p, std::int64_t bytes) {
+    for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, write);
+}
+
 bool multiple_of_line(std::int64_t value) { return value % 64 == 0; }
 
 // Whether whole 64-byte lines of `plane` can be streamed for rows of `row_bytes`.
@@ -91,7 +99,11 @@ public:
     }
 
     void units(std::int64_t begin, std::int64_t end) {
-        for (std::int64_t unit = begin; unit < end; ++unit) token(unit / plan_.parts_, unit % plan_.parts_);
+        for (std::int64_t unit = begin; unit < end; ++unit) {
+            const std::int64_t t = unit / plan_.parts_;
+            announce(t + (stream_k_ ? 2 * kAhead : kAhead));
+            token(t, unit % plan_.parts_);
+        }
         if (stream_k_ || stream_v_) plan_.kernels_.stream_fence();
     }
 
@@ -120,19 +132,53 @@ private:
         if (call_.v.heads > 0 && slot >= 0) move_v(t, slot, share(call_.v.heads, part));
     }
 
+    // Positions and slots jump about: the pages of a row (and the lines, unless they are streamed past the caches) are
+    // asked for a few tokens early. Q, K and V stand in order, which the machine sees by itself.
+    void announce(std::int64_t t) const {
+        if (t >= call_.tokens) return;
+        if (call_.rotary.rotary_dim > 0) {
+            const std::byte* row = table_row(t, 0);
+            const std::int64_t bytes = call_.rotary.rotary_dim * size_of(call_.rotary.table_dtype);
+            if (row != nullptr) prefetch<false>(row, bytes);
+        }
+        const std::int64_t slot = plan_.slots_ > 0 ? find_slot(t) : -1;
+        if (slot < 0) return;
+        if (call_.k.heads > 0) announce_row(call_.k_pool, at_.k_pool, slot, call_.k, stream_k_);
+        if (call_.v.heads > 0) announce_row(call_.v_pool, at_.v_pool, slot, call_.v, stream_v_);
+    }
+
+    static void announce_row(const Plane& plane, const std::byte* base, std::int64_t slot, const Rows& rows, bool stream) {
+        if (plane.dim_group < rows.dim) return;
+        const std::byte* row = base + slot_offset(plane, slot);
+        std::int64_t bytes = rows.dim * size_of(plane.dtype);
+        std::int64_t pieces = rows.heads;
+        if (plane.head_stride == bytes) {
+            bytes *= pieces;
+            pieces = 1;
+        }
+        for (std::int64_t i = 0; i < pieces; ++i) prefetch<true>(row + i * plane.head_stride, stream ? 1 : bytes);
+    }
+
+    // Null: the position lies outside the cache.
+    const std::byte* table_row(std::int64_t t, int stream) const {
+        const Rotary& rotary = call_.rotary;
+        std::int64_t position = read_index(rotary.positions, at_.positions + stream * rotary.positions.stream_stride, t);
+        if (rotary.offsets.type != IntType::none &&
+            __builtin_add_overflow(position, read_index(rotary.offsets, at_.offsets, t), &position)) {
+            return nullptr;
+        }
+        if (position < 0 || position >= rotary.max_position) return nullptr;
+        return at_.table + position * rotary.row_stride;
+    }
+
     // False: a position of the token lies outside the cache.
     bool find_rotation(std::int64_t t) {
         const Rotary& rotary = call_.rotary;
         const int streams = rotary.streams.empty() ? 1 : 3;
-        const std::int64_t offset =
-            rotary.offsets.type == IntType::none ? 0 : read_index(rotary.offsets, at_.offsets, t);
         TableRow row = {};
         for (int s = 0; s < streams; ++s) {
-            std::int64_t position =
-                read_index(rotary.positions, at_.positions + s * rotary.positions.stream_stride, t);
-            if (__builtin_add_overflow(position, offset, &position)) return false;
-            if (position < 0 || position >= rotary.max_position) return false;
-            row.rows[s] = at_.table + position * rotary.row_stride;
+            row.rows[s] = table_row(t, s);
+            if (row.rows[s] == nullptr) return false;
         }
         if (plan_.table_ == nullptr) {
             row_cos_ = reinterpret_cast<const float*>(row.rows[0]);

@@ -33,6 +33,14 @@ ROPOOL_INLINE Raw16 half_from_float(Vec v) {
 
 ROPOOL_INLINE Vec swap_pairs(Vec v) { return bit_cast<Vec>(_mm256_permute_ps(bit_cast<__m256>(v), 0xB1)); }
 
+ROPOOL_INLINE Two deinterleave(Vec a, Vec b) {
+    const __m256 x = bit_cast<__m256>(a);
+    const __m256 y = bit_cast<__m256>(b);
+    const __m256d even = bit_cast<__m256d>(_mm256_shuffle_ps(x, y, 0x88));
+    const __m256d odd = bit_cast<__m256d>(_mm256_shuffle_ps(x, y, 0xDD));
+    return {bit_cast<Vec>(_mm256_permute4x64_pd(even, 0xD8)), bit_cast<Vec>(_mm256_permute4x64_pd(odd, 0xD8))};
+}
+
 template <class Raw>
 ROPOOL_INLINE Raw read_raw_part(const std::byte* p, int n) {
     return read_raw_part_by_memcpy<Raw>(p, n);

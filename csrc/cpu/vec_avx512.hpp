@@ -32,6 +32,14 @@ ROPOOL_INLINE Raw16 half_from_float(Vec v) {
 
 ROPOOL_INLINE Vec swap_pairs(Vec v) { return bit_cast<Vec>(_mm512_permute_ps(bit_cast<__m512>(v), 0xB1)); }
 
+ROPOOL_INLINE Two deinterleave(Vec a, Vec b) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    const __m512 x = bit_cast<__m512>(a);
+    const __m512 y = bit_cast<__m512>(b);
+    return {bit_cast<Vec>(_mm512_permutex2var_ps(x, even, y)), bit_cast<Vec>(_mm512_permutex2var_ps(x, odd, y))};
+}
+
 template <class Raw>
 ROPOOL_INLINE Raw read_raw_part(const std::byte* p, int n) {
     const __mmask16 mask = static_cast<__mmask16>((1U << n) - 1U);

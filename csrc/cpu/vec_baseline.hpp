@@ -23,6 +23,11 @@ ROPOOL_INLINE Raw16 half_from_float(Vec v) { return narrow16(soft_half_from_floa
 // Lane 2i gets lane 2i+1 and the other way round.
 ROPOOL_INLINE Vec swap_pairs(Vec v) { return Vec{v[1], v[0], v[3], v[2]}; }
 
+// The even and the odd elements of the 2 * kWidth values (a, b).
+ROPOOL_INLINE Two deinterleave(Vec a, Vec b) {
+    return {Vec{a[0], a[2], b[0], b[2]}, Vec{a[1], a[3], b[1], b[3]}};
+}
+
 // The first n < kWidth lanes; nothing beyond them is touched.
 template <class Raw>
 ROPOOL_INLINE Raw read_raw_part(const std::byte* p, int n) {

@@ -25,6 +25,12 @@ ROPOOL_INLINE Raw16 half_from_float(Vec v) { return bit_cast<Raw16>(vcvt_f16_f32
 
 ROPOOL_INLINE Vec swap_pairs(Vec v) { return bit_cast<Vec>(vrev64q_f32(bit_cast<float32x4_t>(v))); }
 
+ROPOOL_INLINE Two deinterleave(Vec a, Vec b) {
+    const float32x4_t x = bit_cast<float32x4_t>(a);
+    const float32x4_t y = bit_cast<float32x4_t>(b);
+    return {bit_cast<Vec>(vuzp1q_f32(x, y)), bit_cast<Vec>(vuzp2q_f32(x, y))};
+}
+
 template <class Raw>
 ROPOOL_INLINE Raw read_raw_part(const std::byte* p, int n) {
     return read_raw_part_by_memcpy<Raw>(p, n);

@@ -15,6 +15,11 @@ typedef std::int32_t Ints __attribute__((vector_size(4 * kWidth)));
 typedef std::uint16_t Raw16 __attribute__((vector_size(2 * kWidth)));
 typedef std::uint8_t Raw8 __attribute__((vector_size(kWidth)));
 
+struct Two {
+    Vec even;
+    Vec odd;
+};
+
 #define ROPOOL_INLINE [[maybe_unused]] static inline __attribute__((always_inline))
 
 template <class To, class From>
