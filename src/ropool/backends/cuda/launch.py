@@ -1,0 +1,182 @@
+"""Binds a call of each op: the kernel is specialised and compiled once, and a launch collects the
+addresses of its tensors and makes one driver call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from operator import itemgetter, or_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ropool.backends.cuda import compile, driver
+from ropool.backends.cuda.prelude import prelude, scalars
+from ropool.backends.cuda.specialise import Call, Describer, kv_planes, mla_planes, power_of_2
+from ropool.backends.cuda.tune import Grid, Shape, grid_of, shape_of
+from ropool.dispatch.key import Key, Options
+
+Args = tuple[Tensor | None, ...]
+Launch = Callable[[Args], None]
+Describe = Callable[[Callable[[str], int]], Call]
+
+_functions: dict[tuple[str, int], tuple[Any, int]] = {}
+"""(source, device) -> the kernel, which keeps its module loaded, and its function."""
+
+_VECTORS = frozenset(("q", "k", "v", "k_pool", "v_pool", "table", "q_norm", "k_norm", "q_out"))
+"""Pointers that are accessed in vectors; the others need no more than their element's alignment."""
+
+
+def rope_(key: Key, args: Args, options: Options) -> Launch:
+    """Bind `rope_`."""
+    names = (("q",), ("k",), ("table",), ("positions",), ("offsets",))
+
+    def describe(align: Callable[[str], int]) -> Call:
+        describer = Describer(key, names, args, align)
+        describer.rotation(options)
+        describer.queries(key.heads_q, key.head_dim, key.rotary_dim)
+        describer.keys_and_values(key.heads_kv, key.head_dim, key.rotary_dim, 0, 1)
+        describer.constants(WRITE_K=1)
+        return describer.call
+
+    return _bind(describe, args)
+
+
+def rope_store_kv_(key: Key, args: Args, options: Options) -> Launch:
+    """Bind `rope_store_kv_`."""
+    names = [
+        *(("q",), ("k",), ("v",), ("k_pool",), ("v_pool",), ("table",), ("positions",)),
+        *(("slots",), ("offsets",), ("q_norm",), ("k_norm",), ("k_scale",), ("v_scale",)),
+        *(("q_out",), ("q_scale",), ("window",)),
+    ]
+
+    def describe(align: Callable[[str], int]) -> Call:
+        describer = Describer(key, names, args, align)
+        describer.rotation(options)
+        describer.queries(key.heads_q, key.head_dim, key.rotary_dim)
+        describer.keys_and_values(
+            key.heads_kv, key.head_dim, key.rotary_dim, key.heads_kv, key.v_head_dim
+        )
+        kv_planes(describer, options)
+        describer.slots(options)
+        describer.norm_eps(options.norm_eps)
+        describer.constants(WRITE_K=options.write_k)
+        return describer.call
+
+    return _bind(describe, args)
+
+
+def store_kv_(key: Key, args: Args, options: Options) -> Launch:
+    """Bind `store_kv_`."""
+    names = [
+        *(("k",), ("v",), ("k_pool",), ("v_pool",), ("slots",), ("k_scale",), ("v_scale",)),
+        ("window",),
+    ]
+
+    def describe(align: Callable[[str], int]) -> Call:
+        describer = Describer(key, names, args, align)
+        describer.keys_and_values(key.heads_kv, key.head_dim, 0, key.heads_kv, key.v_head_dim)
+        kv_planes(describer, options)
+        describer.slots(options)
+        return describer.call
+
+    return _bind(describe, args)
+
+
+def store_mla_(key: Key, args: Args, options: Options) -> Launch:
+    """Bind `store_mla_`."""
+    names = (("v",), ("k",), ("v_pool", "k_pool"), ("slots",), ("v_scale", "k_scale"), ("window",))
+
+    def describe(align: Callable[[str], int]) -> Call:
+        describer = Describer(key, names, args, align)
+        mla_planes(describer)
+        describer.slots(options)
+        return describer.call
+
+    return _bind(describe, args)
+
+
+def rope_store_mla_(key: Key, args: Args, options: Options) -> Launch:
+    """Bind `rope_store_mla_`."""
+    names = [
+        *(("q",), ("v",), ("k",), ("v_pool", "k_pool"), ("table",), ("positions",), ("slots",)),
+        *(("offsets",), ("v_scale", "k_scale"), ("q_out",), ("q_scale",), ("window",)),
+    ]
+
+    def describe(align: Callable[[str], int]) -> Call:
+        describer = Describer(key, names, args, align)
+        describer.rotation(options)
+        describer.queries(key.heads_q, key.head_dim, key.rotary_dim)
+        mla_planes(describer)
+        describer.slots(options)
+        describer.constants(WRITE_K=options.write_k)
+        return describer.call
+
+    return _bind(describe, args)
+
+
+def source_of(call: Call, shape: Shape, grid: Grid) -> str:
+    """The whole text of a specialised kernel."""
+    head = compile.source("memory.cuh") + prelude(call, shape, grid)
+    return head + compile.source("heads.cu")
+
+
+def _launcher(call: Call, device: int) -> driver.Launcher:
+    """Compile the kernel of `call`, unless it is loaded already, and prepare its launch."""
+    major, minor = torch.cuda.get_device_capability(device)
+    arch = f"sm_{major}{minor}"
+    shape = shape_of(call, arch)
+    grid = grid_of(call, shape)
+    text = source_of(call, shape, grid)
+    found = _functions.get((text, device))
+    if found is None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"ropool.{call.key.op}: the kernel for {call.key.describe()} is not loaded, and "
+                "cannot be while a CUDA graph is captured; warm up by calling the op once with "
+                "tensors of the same shapes, strides and alignment before the capture"
+            )
+        with torch.cuda.device(device):
+            torch.cuda.current_stream()
+            kernel = compile.load(text, arch)
+            found = _functions[text, device] = kernel, driver.function_of(kernel)
+    return driver.Launcher(
+        found[1],
+        device,
+        grid.total,
+        shape.threads,
+        len(call.pointers),
+        list(scalars(call, grid).values()),
+        shape.dependent,
+    )
+
+
+def _bind(describe: Describe, args: Args) -> Launch:
+    first = next(tensor for tensor in args if tensor is not None)
+    device = first.device.index
+    aligned = describe(lambda _: 16)
+    if aligned.scalars.get("max_position", 1) == 0:
+        return lambda args: None  # every position is outside of an empty table
+    tensors_of = itemgetter(*(index for _, index in aligned.pointers))
+    vectors = [at for at, (name, _) in enumerate(aligned.pointers) if name in _VECTORS]
+    vectors_of = itemgetter(*vectors)
+    launchers: dict[tuple[int, ...], driver.Launcher] = {}
+
+    def launcher_for(alignments: tuple[int, ...]) -> driver.Launcher:
+        if not alignments:
+            return _launcher(aligned, device)
+        names = [aligned.pointers[at][0] for at in vectors]
+        known = dict(zip(names, alignments, strict=True))
+        return _launcher(describe(known.__getitem__), device)
+
+    def launch(args: Args) -> None:
+        addresses = [tensor.data_ptr() for tensor in tensors_of(args)]
+        bits = functools.reduce(or_, vectors_of(addresses))
+        alignments = () if not bits & 15 else tuple(map(power_of_2, vectors_of(addresses)))
+        launcher = launchers.get(alignments)
+        if launcher is None:
+            launcher = launchers[alignments] = launcher_for(alignments)
+        launcher(addresses)
+
+    return launch
