@@ -17,7 +17,7 @@ def model() -> PooledModel:
 
 def test_a_prompt_longer_than_the_context_is_refused(model: PooledModel) -> None:
     engine = Engine(model, pool_tokens=512)
-    with pytest.raises(RopoolError, match="256 tokens; the model's context holds 256"):
+    with pytest.raises(RopoolError, match=r"256 tokens; the model's context holds 256"):
         engine.add([1] * 256)
     request = engine.generate([[1] * 255])[0]
     assert len(request.output) == 1 and request.finish_reason is FinishReason.LENGTH
@@ -31,7 +31,7 @@ def test_the_context_ends_an_answer(model: PooledModel) -> None:
 
 def test_a_pool_too_small_for_one_request_is_refused(model: PooledModel) -> None:
     engine = Engine(model, pool_tokens=32)
-    with pytest.raises(RopoolError, match="pool has 32 slots; .* 20 tokens .* needs 33"):
+    with pytest.raises(RopoolError, match=r"pool has 32 slots; .* 20 tokens .* needs 33"):
         engine.add([1] * 20, SamplingParams(max_new_tokens=14))
     assert len(engine.generate([[1] * 20], SamplingParams(max_new_tokens=13))[0].output) == 13
     assert engine.cache.allocator.peak_used_slots == 32

@@ -8,7 +8,7 @@ import random
 import torch
 
 from engine import tiny
-from engine.bytes_tokenizer import byte_tokenizer
+from engine.bytes_tokenizer import END_ID, byte_tokenizer
 from ropool.engine import Engine, FinishReason, Request, SamplingParams
 from ropool.integrations.transformers import PooledModel
 
@@ -26,12 +26,12 @@ def test_soak() -> None:
         intermediate_size=48,
         num_hidden_layers=2,
         max_position_embeddings=128,
-        eos_token_id=[3, 4, 5, 256],
+        eos_token_id=[3, 4, 5, END_ID],
     )
     model = PooledModel(hf_model)
     kinds = []
     for seed in range(KINDS):
-        prompt = [draw.randrange(257) for _ in range(draw.randint(1, 60))]
+        prompt = [draw.randrange(END_ID) for _ in range(draw.randint(1, 60))]
         temperature = draw.choice([0.0, 0.0, 0.7, 1.2])
         params = SamplingParams(draw.randint(1, 40), temperature, draw.choice([1.0, 0.9]), seed)
         engine = Engine(model, tokenizer, pool_tokens=128)
