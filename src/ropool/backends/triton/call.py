@@ -45,7 +45,7 @@ class Call:
     sources: dict[str, int]
     numbers: dict[str, int | float]
     constants: dict[str, Any]
-    grid: tuple[int, int]
+    grid: int
     warps: int
 
 
@@ -73,8 +73,8 @@ def describe(key: Key, args: Args, options: Options, plan: Plan, native: bool, f
     sections = (*(key.mrope_section or (0, 0, 0)),)
     packed = key.row_format == "fp8_ds_mla"
     pool_format = key.pool_dtype or key.dtype
-    query_roles = -(-key.heads_q // plan.heads_q) if "q" in tensors else 0
-    kv_blocks = -(-heads_kv // plan.heads_kv)
+    query_roles = -(-key.heads_q // plan.q_heads) if "q" in tensors else 0
+    kv_blocks = -(-heads_kv // plan.kv_heads)
     key_roles = kv_blocks if "k" in tensors else 0
     value_roles = kv_blocks if "v" in tensors else 0
 
@@ -133,13 +133,16 @@ def describe(key: Key, args: Args, options: Options, plan: Plan, native: bool, f
         "K_FIRST": _PACKED_ROPE_BYTE if packed else key.latent_dim,
         "NATIVE": native,
         "NATIVE_FP8": fp8,
-        "TOKEN_BLOCK": plan.tokens,
-        "Q_BLOCK": plan.heads_q,
-        "KV_BLOCK": plan.heads_kv,
+        "Q_TOKENS": plan.q_tokens,
+        "KV_TOKENS": plan.kv_tokens,
+        "Q_BLOCK": plan.q_heads,
+        "KV_BLOCK": plan.kv_heads,
         "Q_ROLES": query_roles,
         "K_ROLES": key_roles,
+        "V_ROLES": value_roles,
     }
-    grid = (-(-tokens // plan.tokens), query_roles + key_roles + value_roles)
+    roles = query_roles * (plan.kv_tokens // plan.q_tokens) + key_roles + value_roles
+    grid = -(-tokens // plan.kv_tokens) * roles
     return Call(sources, numbers, constants, grid, plan.warps)
 
 

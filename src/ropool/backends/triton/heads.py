@@ -16,8 +16,16 @@ def head_block(first, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     """Head indices `[1, BLOCK]` from `first` on, and which exist."""
     head = first + tl.arange(0, BLOCK)[None, :]
     if HEADS % BLOCK == 0:
-        return head, tl.full([1, BLOCK], True, tl.int1)
-    return head, head < HEADS
+        exists = tl.full([1, BLOCK], True, tl.int1)
+    else:
+        exists = head < HEADS
+    return head, exists
+
+
+@triton.jit
+def head_starts(row, head, row_stride, head_stride):
+    """Where heads `[1, heads]` of rows `[tokens]` (int64) start: `[tokens, heads, 1]`."""
+    return (row[:, None] * row_stride + head.to(tl.int64) * head_stride)[:, :, None]
 
 
 @triton.jit
@@ -25,8 +33,10 @@ def dim_block(BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     """Dims `[1, 1, BLOCK]`, and which are less than `WIDTH`."""
     dim = tl.arange(0, BLOCK)[None, None, :]
     if WIDTH == BLOCK:
-        return dim, tl.full([1, 1, BLOCK], True, tl.int1)
-    return dim, dim < WIDTH
+        inside = tl.full([1, 1, BLOCK], True, tl.int1)
+    else:
+        inside = dim < WIDTH
+    return dim, inside
 
 
 @triton.jit
@@ -43,9 +53,11 @@ def load_pairs(
     """Both dims of every pair, as two tiles, each as stored."""
     if INTERLEAVED:
         pairs = load_dims(x, start, mask, 0, 2 * HALF, 2 * HALF_BLOCK)
-        return tl.split(pairs.reshape(pairs.shape[0], pairs.shape[1], HALF_BLOCK, 2))
-    first = load_dims(x, start, mask, 0, HALF, HALF_BLOCK)
-    second = load_dims(x, start, mask, HALF, HALF, HALF_BLOCK)
+        pairs = pairs.reshape(pairs.shape[0], pairs.shape[1], HALF_BLOCK, 2)
+        first, second = tl.split(pairs)
+    else:
+        first = load_dims(x, start, mask, 0, HALF, HALF_BLOCK)
+        second = load_dims(x, start, mask, HALF, HALF, HALF_BLOCK)
     return first, second
 
 
@@ -53,10 +65,12 @@ def load_pairs(
 def dim_offset(dim, group_stride, GROUP: tl.constexpr, WIDTH: tl.constexpr):
     """Where a dim of a head stands in a pool tensor that keeps `GROUP` dims together."""
     if GROUP >= WIDTH:
-        return dim
-    if GROUP == 1:
-        return dim.to(tl.int64) * group_stride
-    return (dim // GROUP).to(tl.int64) * group_stride + dim % GROUP
+        offset = dim
+    elif GROUP == 1:
+        offset = dim.to(tl.int64) * group_stride
+    else:
+        offset = (dim // GROUP).to(tl.int64) * group_stride + dim % GROUP
+    return offset
 
 
 @triton.jit
@@ -109,12 +123,14 @@ def store_heads(
 
 @triton.jit
 def load_scale(scale, head, exists, KIND: tl.constexpr):
-    """The fp8 scale of each head, `[1, heads, 1]`, or None."""
+    """The fp8 scale, of all heads or of each (`[1, heads, 1]`), or None."""
     if KIND is None:
-        return None
-    if KIND == "tensor":
-        return tl.load(scale + tl.zeros_like(head))[:, :, None]
-    return tl.load(scale + head, mask=exists, other=1.0)[:, :, None]
+        values = None
+    elif KIND == "tensor":
+        values = tl.load(scale)
+    else:
+        values = tl.load(scale + head, mask=exists, other=1.0)[:, :, None]
+    return values
 
 
 @triton.jit

@@ -1,11 +1,13 @@
 # mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: SIM102 (a condition on constants must stand alone to be decided at compile time)
 """The one kernel behind all five ops; what a key does not need is compiled out.
 
-Layout of the work: program `(i, r)` serves block `i` of tokens and role `r`. The first roles each
-rotate a block of query heads, the next ones a block of key heads (and store them), the last ones
-store a block of value heads; an MLA row is one key head (rope part) and one value head (latent).
-A program reads the cos/sin row of a token once for all its heads, and starts every load of its
-heads before it waits for a position or a slot, so that one memory latency is paid, not three.
+Layout of the work: the programs of a group of tokens stand side by side, each with a role. The
+first ones rotate a block of query heads each, the next ones rotate and store a block of key heads,
+the last ones store a block of value heads; an MLA row is one key head (the rope part) and one value
+head (the latent). A program reads the cos/sin row of a token once for all its heads, and starts
+every load of its heads before it waits for a position or a slot, so that memory latency is paid
+once. Roles differ in their variables' names, since a name has one type in a whole kernel.
 
 Byte floor of a token: each of Q, K, V read once, Q written once, the pool rows written once, a
 cos/sin row; the table rows read again by the other roles of a token come from the caches.
@@ -16,6 +18,7 @@ import triton.language as tl
 
 from ropool.backends.triton.heads import (
     head_block,
+    head_starts,
     load_dims,
     load_pairs,
     load_scale,
@@ -91,102 +94,115 @@ def heads_kernel(
     PAGE_SIZE: tl.constexpr, K_ROW_GROUP: tl.constexpr, V_ROW_GROUP: tl.constexpr,
     K_DIM_GROUP: tl.constexpr, V_DIM_GROUP: tl.constexpr, K_FIRST: tl.constexpr,
     NATIVE: tl.constexpr, NATIVE_FP8: tl.constexpr,
-    TOKEN_BLOCK: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr,
-    Q_ROLES: tl.constexpr, K_ROLES: tl.constexpr,
+    Q_TOKENS: tl.constexpr, KV_TOKENS: tl.constexpr, Q_BLOCK: tl.constexpr,
+    KV_BLOCK: tl.constexpr, Q_ROLES: tl.constexpr, K_ROLES: tl.constexpr, V_ROLES: tl.constexpr,
 ):  # fmt: skip
-    role = tl.program_id(1)
-    token, exists = token_block(tokens, TOKEN_BLOCK)
+    Q_PROGRAMS: tl.constexpr = Q_ROLES * (KV_TOKENS // Q_TOKENS)
+    ROLES: tl.constexpr = Q_PROGRAMS + K_ROLES + V_ROLES
+    program = tl.program_id(0)
+    role = program % ROLES
+    first_token = (program // ROLES).to(tl.int64) * KV_TOKENS
 
-    if role < Q_ROLES:
-        head, is_head = head_block(role * Q_BLOCK, HEADS_Q, Q_BLOCK)
-        here = exists[:, None] & is_head
-        start = (token[:, None] * q_token + head.to(tl.int64) * q_head)[:, :, None]
-        # In place, dims that nothing changes are neither read nor written.
-        WITH_REST: tl.constexpr = REST_BLOCK > 0 and (q_weight is not None or q_out is not None)
-        first, second, rest, valid = rotated_heads(
-            q, start, here, q_weight, norm_eps, table, table_row,
-            positions, offsets, position_row, token, exists, max_position,
-            HEAD_DIM, HALF, HALF_BLOCK, REST_BLOCK if WITH_REST else 0, INTERLEAVED, STREAMS,
-            MROPE_T, MROPE_H, MROPE_W, MROPE_INTERLEAVED, NATIVE,
-        )  # fmt: skip
-        mask = (here & valid[:, None])[:, :, None]
-        scale = load_scale(q_scale, head, is_head, Q_SCALE)
-        target = q
-        if q_out is not None:
-            target = q_out
-            start = (token[:, None] * out_token + head.to(tl.int64) * out_head)[:, :, None]
-        store_heads(
-            target, start, mask, first, second, rest, scale, 0,
-            HALF, HEAD_DIM, INTERLEAVED, WITH_REST, HEAD_DIM, Q_FORMAT, NATIVE, NATIVE_FP8,
-        )  # fmt: skip
-
-    elif role < Q_ROLES + K_ROLES:
-        head, is_head = head_block((role - Q_ROLES) * KV_BLOCK, HEADS_KV, KV_BLOCK)
-        here = exists[:, None] & is_head
-        source = (token[:, None] * k_token + head.to(tl.int64) * k_head)[:, :, None]
-        valid = exists
-        if HALF > 0:
-            WITH_K_REST: tl.constexpr = REST_BLOCK > 0 and (
-                k_weight is not None or k_pool is not None
+    if Q_ROLES > 0:
+        if role < Q_PROGRAMS:
+            token_q, exists_q = token_block(
+                first_token + role // Q_ROLES * Q_TOKENS, tokens, Q_TOKENS
             )
-            first, second, rest, valid = rotated_heads(
-                k, source, here, k_weight, norm_eps, table, table_row,
-                positions, offsets, position_row, token, exists, max_position,
-                HEAD_DIM, HALF, HALF_BLOCK, REST_BLOCK if WITH_K_REST else 0, INTERLEAVED, STREAMS,
+            head_q, is_head_q = head_block(role % Q_ROLES * Q_BLOCK, HEADS_Q, Q_BLOCK)
+            here_q = exists_q[:, None] & is_head_q
+            start_q = head_starts(token_q, head_q, q_token, q_head)
+            # In place, dims that nothing changes are neither read nor written.
+            REST_Q: tl.constexpr = REST_BLOCK if q_weight is not None or q_out is not None else 0
+            first_q, second_q, rest_q, valid_q = rotated_heads(
+                q, start_q, here_q, q_weight, norm_eps, table, table_row,
+                positions, offsets, position_row, token_q, exists_q, max_position,
+                HEAD_DIM, HALF, HALF_BLOCK, REST_Q, INTERLEAVED, STREAMS,
                 MROPE_T, MROPE_H, MROPE_W, MROPE_INTERLEAVED, NATIVE,
             )  # fmt: skip
-            if WRITE_K:
-                store_heads(
-                    k, source, (here & valid[:, None])[:, :, None], first, second, rest, None, 0,
-                    HALF, HEAD_DIM, INTERLEAVED, REST_BLOCK > 0 and k_weight is not None,
-                    HEAD_DIM, K_FORMAT, NATIVE, NATIVE_FP8,
-                )  # fmt: skip
-        else:
-            whole = load_dims(k, source, here[:, :, None], 0, HEAD_DIM, HEAD_BLOCK)
-        if k_pool is not None:
-            slot, written = target_slots(
-                slot_mapping, window_map, token, exists, pool_slots, window_size, padding_slot,
-                HAS_PADDING_SLOT,
+            mask_q = (here_q & valid_q[:, None])[:, :, None]
+            scale_q = load_scale(q_scale, head_q, is_head_q, Q_SCALE)
+            target = q
+            if q_out is not None:
+                target = q_out
+                start_q = head_starts(token_q, head_q, out_token, out_head)
+            store_heads(
+                target, start_q, mask_q, first_q, second_q, rest_q, scale_q, 0,
+                HALF, HEAD_DIM, INTERLEAVED, REST_Q > 0, HEAD_DIM, Q_FORMAT, NATIVE, NATIVE_FP8,
             )  # fmt: skip
-            row = slot_offsets(slot, k_page, k_row_group, k_row, PAGE_SIZE, K_ROW_GROUP)
-            start = (row[:, None] + head.to(tl.int64) * k_plane_head)[:, :, None] + K_FIRST
-            mask = (here & (valid & written)[:, None])[:, :, None]
-            scale = load_scale(k_scale, head, is_head, K_SCALE)
-            if HALF > 0:
-                store_heads(
-                    k_pool, start, mask, first, second, rest, scale, k_dim_group,
-                    HALF, HEAD_DIM, INTERLEAVED, REST_BLOCK > 0, K_DIM_GROUP, POOL_FORMAT_K,
-                    NATIVE, NATIVE_FP8,
-                )  # fmt: skip
-            else:
-                store_dims(
-                    k_pool, start, mask, whole, scale, k_dim_group,
-                    0, HEAD_DIM, HEAD_DIM, K_DIM_GROUP, POOL_FORMAT_K, NATIVE, NATIVE_FP8,
-                )  # fmt: skip
 
-    elif v_pool is not None:
-        head, is_head = head_block((role - Q_ROLES - K_ROLES) * KV_BLOCK, HEADS_KV, KV_BLOCK)
-        here = exists[:, None] & is_head
-        start = (token[:, None] * v_token + head.to(tl.int64) * v_head)[:, :, None]
-        whole = load_dims(v, start, here[:, :, None], 0, V_HEAD_DIM, V_BLOCK)
-        valid = exists
-        if positions is not None:
-            # A token whose position is out of range is dropped whole.
-            _, _, _, valid = token_positions(
-                positions, offsets, token, exists, position_row, max_position, STREAMS
-            )
-        slot, written = target_slots(
-            slot_mapping, window_map, token, exists, pool_slots, window_size, padding_slot,
-            HAS_PADDING_SLOT,
-        )  # fmt: skip
-        row = slot_offsets(slot, v_page, v_row_group, v_row, PAGE_SIZE, V_ROW_GROUP)
-        start = (row[:, None] + head.to(tl.int64) * v_plane_head)[:, :, None]
-        mask = (here & (valid & written)[:, None])[:, :, None]
-        if POOL_FORMAT_V == "fp8_ds_mla":
-            store_latent_tiles(v_pool, start, mask, whole, NATIVE, NATIVE_FP8)
-        else:
-            store_dims(
-                v_pool, start, mask, whole, load_scale(v_scale, head, is_head, V_SCALE),
-                v_dim_group, 0, V_HEAD_DIM, V_HEAD_DIM, V_DIM_GROUP, POOL_FORMAT_V,
-                NATIVE, NATIVE_FP8,
+    if K_ROLES > 0:
+        if (role >= Q_PROGRAMS) & (role < Q_PROGRAMS + K_ROLES):
+            token_k, exists_k = token_block(first_token, tokens, KV_TOKENS)
+            head_k, is_head_k = head_block((role - Q_PROGRAMS) * KV_BLOCK, HEADS_KV, KV_BLOCK)
+            here_k = exists_k[:, None] & is_head_k
+            start_k = head_starts(token_k, head_k, k_token, k_head)
+            valid_k = exists_k
+            if HALF > 0:
+                REST_K: tl.constexpr = (
+                    REST_BLOCK if k_weight is not None or k_pool is not None else 0
+                )
+                first_k, second_k, rest_k, valid_k = rotated_heads(
+                    k, start_k, here_k, k_weight, norm_eps, table, table_row,
+                    positions, offsets, position_row, token_k, exists_k, max_position,
+                    HEAD_DIM, HALF, HALF_BLOCK, REST_K, INTERLEAVED, STREAMS,
+                    MROPE_T, MROPE_H, MROPE_W, MROPE_INTERLEAVED, NATIVE,
+                )  # fmt: skip
+                if WRITE_K:
+                    back_k = (here_k & valid_k[:, None])[:, :, None]
+                    store_heads(
+                        k, start_k, back_k, first_k, second_k, rest_k, None, 0,
+                        HALF, HEAD_DIM, INTERLEAVED, REST_BLOCK > 0 and k_weight is not None,
+                        HEAD_DIM, K_FORMAT, NATIVE, NATIVE_FP8,
+                    )  # fmt: skip
+            else:
+                whole_k = load_dims(k, start_k, here_k[:, :, None], 0, HEAD_DIM, HEAD_BLOCK)
+            if k_pool is not None:
+                slot_k, written_k = target_slots(
+                    slot_mapping, window_map, token_k, exists_k,
+                    pool_slots, window_size, padding_slot, HAS_PADDING_SLOT,
+                )  # fmt: skip
+                row_k = slot_offsets(slot_k, k_page, k_row_group, k_row, PAGE_SIZE, K_ROW_GROUP)
+                place_k = head_starts(row_k, head_k, 1, k_plane_head) + K_FIRST
+                mask_k = (here_k & (valid_k & written_k)[:, None])[:, :, None]
+                scale_k = load_scale(k_scale, head_k, is_head_k, K_SCALE)
+                if HALF > 0:
+                    store_heads(
+                        k_pool, place_k, mask_k, first_k, second_k, rest_k, scale_k, k_dim_group,
+                        HALF, HEAD_DIM, INTERLEAVED, REST_BLOCK > 0, K_DIM_GROUP, POOL_FORMAT_K,
+                        NATIVE, NATIVE_FP8,
+                    )  # fmt: skip
+                else:
+                    store_dims(
+                        k_pool, place_k, mask_k, whole_k, scale_k, k_dim_group,
+                        0, HEAD_DIM, HEAD_DIM, K_DIM_GROUP, POOL_FORMAT_K, NATIVE, NATIVE_FP8,
+                    )  # fmt: skip
+
+    if V_ROLES > 0:
+        if role >= Q_PROGRAMS + K_ROLES:
+            role_v = role - Q_PROGRAMS - K_ROLES
+            token_v, exists_v = token_block(first_token, tokens, KV_TOKENS)
+            head_v, is_head_v = head_block(role_v * KV_BLOCK, HEADS_KV, KV_BLOCK)
+            here_v = exists_v[:, None] & is_head_v
+            start_v = head_starts(token_v, head_v, v_token, v_head)
+            whole_v = load_dims(v, start_v, here_v[:, :, None], 0, V_HEAD_DIM, V_BLOCK)
+            valid_v = exists_v
+            if positions is not None:
+                # A token whose position is out of range is dropped whole.
+                _, _, _, valid_v = token_positions(
+                    positions, offsets, token_v, exists_v, position_row, max_position, STREAMS
+                )
+            slot_v, written_v = target_slots(
+                slot_mapping, window_map, token_v, exists_v,
+                pool_slots, window_size, padding_slot, HAS_PADDING_SLOT,
             )  # fmt: skip
+            row_v = slot_offsets(slot_v, v_page, v_row_group, v_row, PAGE_SIZE, V_ROW_GROUP)
+            place_v = head_starts(row_v, head_v, 1, v_plane_head)
+            mask_v = (here_v & (valid_v & written_v)[:, None])[:, :, None]
+            if POOL_FORMAT_V == "fp8_ds_mla":
+                store_latent_tiles(v_pool, place_v, mask_v, whole_v, NATIVE, NATIVE_FP8)
+            else:
+                scale_v = load_scale(v_scale, head_v, is_head_v, V_SCALE)
+                store_dims(
+                    v_pool, place_v, mask_v, whole_v, scale_v, v_dim_group,
+                    0, V_HEAD_DIM, V_HEAD_DIM, V_DIM_GROUP, POOL_FORMAT_V, NATIVE, NATIVE_FP8,
+                )  # fmt: skip

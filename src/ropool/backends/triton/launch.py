@@ -20,7 +20,7 @@ from triton.runtime import driver
 from ropool.backends.triton import interpreting
 from ropool.backends.triton.call import Args, Call, describe
 from ropool.backends.triton.kernel import heads_kernel
-from ropool.backends.triton.plan import plan
+from ropool.backends.triton.plan import interpreted_plan, plan
 from ropool.dispatch.cache import Launch
 from ropool.dispatch.key import Key, Options
 
@@ -94,7 +94,7 @@ def bind(key: Key, args: Args, options: Options) -> Launch:
         target = driver.active.get_current_target()
         cut = plan(key, first.shape[0], target.warp_size)
         call = describe(key, args, options, cut, True, _native_fp8(target))
-        runners = {True: _compile(call, args, True, index)[(*call.grid, 1)]}
+        runners = {True: _compile(call, args, True, index)[(call.grid, 1, 1)]}
 
     template = [_value(call, name) for name in heads_kernel.arg_names]
     places = [(heads_kernel.arg_names.index(name), call.sources[name]) for name in call.sources]
@@ -117,7 +117,7 @@ def bind(key: Key, args: Args, options: Options) -> Launch:
             return
         with module.device(index):
             if aligned not in runners:
-                runners[aligned] = _compile(call, args, aligned, index)[(*call.grid, 1)]
+                runners[aligned] = _compile(call, args, aligned, index)[(call.grid, 1, 1)]
             runners[aligned](*values)
 
     return launch
@@ -132,12 +132,12 @@ def _bind_interpreted(key: Key, args: Args, options: Options) -> Launch:
     """Run the kernel in Triton's interpreter, on tensors in the host's memory."""
     first = args[0]
     assert first is not None
-    call = describe(key, args, options, plan(key, first.shape[0], 32), False, False)
+    call = describe(key, args, options, interpreted_plan(key, first.shape[0]), False, False)
     fixed = {name: _value(call, name) for name in heads_kernel.arg_names}
 
     def launch(args: Args) -> None:
         tensors = {name: _pointer(args[i]) for name, i in call.sources.items()}
-        heads_kernel[(*call.grid, 1)](**{**fixed, **tensors})
+        heads_kernel[(call.grid, 1, 1)](**{**fixed, **tensors})
 
     return launch
 

@@ -13,23 +13,25 @@ import triton.language as tl
 @triton.jit
 def widen(x, NATIVE: tl.constexpr):
     """A model-dtype tile as float32."""
-    if x.dtype == tl.float32:
-        return x
     if x.dtype == tl.bfloat16 and not NATIVE:
         bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-        return bits.to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
+        wide = bits.to(tl.float32, bitcast=True)
+    else:
+        wide = x.to(tl.float32)
+    return wide
 
 
 @triton.jit
 def to_bfloat16(x, NATIVE: tl.constexpr):
     """A float32 tile rounded to bfloat16."""
     if NATIVE:
-        return x.to(tl.bfloat16)
-    bits = x.to(tl.uint32, bitcast=True)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    code = tl.where(x == x, rounded, (bits >> 16) | 0x40).to(tl.uint16)
-    return code.to(tl.bfloat16, bitcast=True)
+        narrow = x.to(tl.bfloat16)
+    else:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        code = tl.where(x == x, rounded, (bits >> 16) | 0x40).to(tl.uint16)
+        narrow = code.to(tl.bfloat16, bitcast=True)
+    return narrow
 
 
 @triton.jit
@@ -69,18 +71,20 @@ def to_fp8(x, FORMAT: tl.constexpr, NATIVE: tl.constexpr):
     """A float32 tile as fp8 codes (uint8) of `FORMAT`, saturated; NaN stays NaN."""
     if NATIVE and FORMAT == "float8_e4m3fn":
         x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    if NATIVE and FORMAT == "float8_e5m2":
+        code = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    elif NATIVE and FORMAT == "float8_e5m2":
         x = tl.clamp(x, -57344.0, 57344.0, propagate_nan=tl.PropagateNan.ALL)
-        return x.to(tl.float8e5).to(tl.uint8, bitcast=True)
-    if FORMAT == "float8_e4m3fn":
-        return encode_fp8(x, 3, 7, 0x43E00000, False)
-    if FORMAT == "float8_e5m2":
-        return encode_fp8(x, 2, 15, 0x47600000, False)
-    if FORMAT == "float8_e4m3fnuz":
-        return encode_fp8(x, 3, 8, 0x43700000, True)
-    tl.static_assert(FORMAT == "float8_e5m2fnuz")
-    return encode_fp8(x, 2, 16, 0x47600000, True)
+        code = x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    elif FORMAT == "float8_e4m3fn":
+        code = encode_fp8(x, 3, 7, 0x43E00000, False)
+    elif FORMAT == "float8_e5m2":
+        code = encode_fp8(x, 2, 15, 0x47600000, False)
+    elif FORMAT == "float8_e4m3fnuz":
+        code = encode_fp8(x, 3, 8, 0x43700000, True)
+    else:
+        tl.static_assert(FORMAT == "float8_e5m2fnuz")
+        code = encode_fp8(x, 2, 16, 0x47600000, True)
+    return code
 
 
 @triton.jit
@@ -90,17 +94,19 @@ def to_storage(x, scale, FORMAT: tl.constexpr, NATIVE: tl.constexpr, NATIVE_FP8:
     What is in the format already is copied bit by bit.
     """
     if FORMAT == "float16":
-        return x.to(tl.float16)
-    if FORMAT == "float32":
-        return widen(x, NATIVE)
-    if FORMAT == "bfloat16":
+        stored = x.to(tl.float16)
+    elif FORMAT == "float32":
+        stored = x.to(tl.float32)
+    elif FORMAT == "bfloat16":
         if x.dtype == tl.bfloat16:
-            return x
-        return to_bfloat16(widen(x, NATIVE), NATIVE)
-    wide = widen(x, NATIVE)
-    if scale is not None:
-        wide = wide / scale
-    return to_fp8(wide, FORMAT, NATIVE_FP8)
+            stored = x
+        else:
+            stored = to_bfloat16(widen(x, NATIVE), NATIVE)
+    elif scale is None:
+        stored = to_fp8(widen(x, NATIVE), FORMAT, NATIVE_FP8)
+    else:
+        stored = to_fp8(widen(x, NATIVE) / scale, FORMAT, NATIVE_FP8)
+    return stored
 
 
 @triton.jit

@@ -9,12 +9,9 @@ import triton.language as tl
 
 
 @triton.jit
-def token_block(tokens, BLOCK: tl.constexpr):
-    """Token indices `[BLOCK]` of this program, and which exist."""
-    first = tl.program_id(0).to(tl.int64) * BLOCK
+def token_block(first, tokens, BLOCK: tl.constexpr):
+    """Token indices `[BLOCK]` from `first` (int64) on, and which exist."""
     token = first + tl.arange(0, BLOCK)
-    if BLOCK == 1:
-        return token, tl.full([1], True, tl.int1)
     return token, token < tokens
 
 
@@ -97,10 +94,11 @@ def slot_offsets(
     page = slot // PAGE_SIZE
     row = slot % PAGE_SIZE
     start = page * page_stride
-    if PAGE_SIZE == 1:
-        return start
-    if ROW_GROUP == 1:
-        return start + row * row_group_stride
-    if ROW_GROUP >= PAGE_SIZE:
-        return start + row * row_stride
-    return start + row // ROW_GROUP * row_group_stride + row % ROW_GROUP * row_stride
+    if PAGE_SIZE > 1:
+        if ROW_GROUP == 1:
+            start += row * row_group_stride
+        elif ROW_GROUP >= PAGE_SIZE:
+            start += row * row_stride
+        else:
+            start += row // ROW_GROUP * row_group_stride + row % ROW_GROUP * row_stride
+    return start
