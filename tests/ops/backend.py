@@ -27,6 +27,9 @@ BACKENDS = [
     Backend("reference", "cpu"),
     Backend("cpu", "cpu"),
 ]
+if os.environ.get("TRITON_INTERPRET") == "1":
+    # Many times slower than the others, so the whole suite runs only where that was asked for.
+    BACKENDS.append(Backend("triton", "cpu"))
 
 
 def required_backends() -> set[str]:

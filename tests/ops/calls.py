@@ -10,8 +10,8 @@ import torch
 
 import ropool
 from ops.backend import Backend
-from oracle import compare, expected
 from ops.memory import placed, random_strided, strided
+from oracle import compare, expected
 
 Args = dict[str, Any]
 FP8 = ("float8_e4m3fn", "float8_e5m2")
@@ -19,7 +19,10 @@ FP8 = ("float8_e4m3fn", "float8_e5m2")
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A call in plain fields; `arguments` turns it into tensors. dtypes are names; `model` is `dtype` itself."""
+    """A call in plain fields, which `arguments` turns into tensors.
+
+    dtypes are names; `model` is `dtype` itself.
+    """
 
     op: str = "rope_store_kv_"
     seed: int = 0
@@ -94,6 +97,11 @@ def check_args(op: str, args: Args, backend: Backend) -> Args:
     return after
 
 
+def altered(case: Case, **changed: Any) -> Args:
+    """The arguments of `case` with some replaced."""
+    return {**arguments(case), **changed}
+
+
 def arguments(case: Case) -> Args:
     """The public keyword arguments of the call, tensors in poisoned storages."""
     rng = np.random.default_rng(case.seed)
@@ -145,7 +153,7 @@ def laid_out(
     if how == "random":
         return random_strided(shape, dtype, rng)
     if how == "odd":
-        # No row starts at a multiple of a vector, and no size-1 dimension has a stride that makes sense.
+        # No row starts at a multiple of a vector; strides of size-1 dimensions make no sense.
         pads = [5] + [3] * (len(shape) - 2) + [0] if len(shape) > 1 else [0]
         return strided(shape, dtype, rng, pads=pads, shift=1)
     if how == "heads_first" and len(shape) == 3:
@@ -167,9 +175,7 @@ def _heads(case: Case, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Te
         total = sum(heads * dim for heads, dim in widths)
         row = strided((case.tokens, total), dtype, rng, pads=(1, 0), shift=1)
         pieces = row.split([heads * dim for heads, dim in widths], dim=1)
-        views = [
-            piece.unflatten(1, width) for piece, width in zip(pieces, widths, strict=True)
-        ]
+        views = [piece.unflatten(1, width) for piece, width in zip(pieces, widths, strict=True)]
     else:
         views = [laid_out((case.tokens, *width), dtype, case.strides, rng) for width in widths]
     q, k, v = (_filled(view, rng, case.specials) for view in views)
@@ -306,7 +312,9 @@ def _mla_arguments(case: Case, rng: np.random.Generator) -> Args:
         _odd_tiles(nope, rng)
 
     outer = (case.pages, case.page_size) if case.paged else (case.pages,)
-    pool_dtype = {"model": case.dtype, "fp8": case.pool_dtype, "fp8_ds_mla": "uint8"}[case.row_format]
+    pool_dtype = {"model": case.dtype, "fp8": case.pool_dtype, "fp8_ds_mla": "uint8"}[
+        case.row_format
+    ]
     width = 656 if case.row_format == "fp8_ds_mla" else latent + rope
     pool = laid_out((*outer, width), getattr(torch, pool_dtype), case.pool_strides, rng)
     args: Args = {"k_nope": nope, "k_rope": k_rope, "pool": pool, **_slots(case, rng)}
@@ -319,7 +327,7 @@ def _mla_arguments(case: Case, rng: np.random.Generator) -> Args:
 
 
 def _odd_tiles(nope: torch.Tensor, rng: np.random.Generator) -> None:
-    """Among the 128-wide tiles: all zero, all NaN, with an infinity, tiny, and one alone that is large."""
+    """Among the 128-wide tiles: all zero, all NaN, with an infinity, tiny, one value large."""
     for token in range(nope.shape[0]):
         for start in range(0, nope.shape[1] - 127, 128):
             tile = nope[token, start : start + 128]

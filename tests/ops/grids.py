@@ -67,17 +67,23 @@ MLA: dict[str, list[Any]] = {
 
 def _rotary_dim(part: str, head_dim: int) -> int:
     whole = {"full": head_dim, "half": head_dim // 2, "quarter": head_dim // 4, "two": 2}
-    return whole.get(part, head_dim // 2 + 6)  # "odd half": half of it is odd, no vector width divides it
+    return whole.get(
+        part, head_dim // 2 + 6
+    )  # "odd half": half of it is odd, no vector width divides it
 
 
 def _kv_case(op: str, seed: int, drawn: dict[str, Any]) -> Case:
-    heads, part, v_dim, page = (drawn.pop(name, None) for name in ("heads", "rotary", "v_dim", "page"))
+    heads, part, v_dim, page = (
+        drawn.pop(name, None) for name in ("heads", "rotary", "v_dim", "page")
+    )
     head_dim = drawn["head_dim"]
     fields = {**drawn, "op": op, "seed": seed, "heads_q": heads[0], "heads_kv": heads[1]}
     if part is not None:
         fields["rotary_dim"] = _rotary_dim(part, head_dim)
     if v_dim is not None:
-        fields["v_head_dim"] = {"same": head_dim, "half": head_dim // 2, "wider": head_dim + 3}[v_dim]
+        fields["v_head_dim"] = {"same": head_dim, "half": head_dim // 2, "wider": head_dim + 3}[
+            v_dim
+        ]
     if page is not None:
         # A shuffled page holds whole groups of rows.
         size = page * drawn["dim_group"] if drawn["layout"] == "shuffled" else page
@@ -93,7 +99,10 @@ def _mla_case(op: str, seed: int, drawn: dict[str, Any]) -> Case:
     heads, rope, page = (drawn.pop(name) for name in ("heads", "rope_dim", "page"))
     row = drawn["row_format"]
     if row.startswith("fp8_e"):
-        drawn |= {"row_format": "fp8", "pool_dtype": {"fp8_e4m3fn": FP8[0], "fp8_e5m2": FP8[1]}[row]}
+        drawn |= {
+            "row_format": "fp8",
+            "pool_dtype": {"fp8_e4m3fn": FP8[0], "fp8_e5m2": FP8[1]}[row],
+        }
     elif row == "fp8_ds_mla":
         rope, drawn["latent_dim"] = 64, 512
     fields = {**drawn, "op": op, "seed": seed, "heads_q": heads[0], "head_dim": rope}
@@ -104,7 +113,9 @@ def _mla_case(op: str, seed: int, drawn: dict[str, Any]) -> Case:
 def rope_cases() -> list[Case]:
     fields = {"dtype", "tokens", "mistakes", "specials"}
     parameters = {name: values for name, values in COMMON.items() if name in fields}
-    parameters |= ROTATION | ROTARY_PARTS | {name: KV[name] for name in ("heads", "head_dim", "strides")}
+    parameters |= (
+        ROTATION | ROTARY_PARTS | {name: KV[name] for name in ("heads", "head_dim", "strides")}
+    )
     return [_kv_case("rope_", i, drawn) for i, drawn in enumerate(pairwise(parameters))]
 
 

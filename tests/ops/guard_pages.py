@@ -1,6 +1,7 @@
 """Runs the grids with every tensor ending, then starting, at memory that is not mapped.
 
-A script, since a read or write past a tensor ends the process. Usage: python -m ops.guard_pages BACKEND
+A script, since a read or write past a tensor ends the process:
+python -m ops.guard_pages BACKEND
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import sys
 import torch
 
 import ropool
-from oracle import compare, expected
-from oracle.compare import tensors_of
 from ops import grids
 from ops.backend import BACKENDS
 from ops.calls import Args, arguments
 from ops.memory import compacted
+from oracle import compare, expected
+from oracle.compare import tensors_of
 
 PAGE = mmap.PAGESIZE
 PROT_NONE, PROT_READ_WRITE = 0, 3
@@ -28,7 +29,7 @@ _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 class Fence:
-    """A copy of a view in memory of its own, with pages before and after that must not be touched."""
+    """A copy of a view in memory of its own, between two pages that must not be touched."""
 
     def __init__(self, view: torch.Tensor, at_end: bool) -> None:
         size = view.element_size()

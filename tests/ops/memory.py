@@ -14,7 +14,7 @@ GUARD_BYTES = 192
 
 
 def poisoned(count: int, dtype: torch.dtype, rng: np.random.Generator) -> torch.Tensor:
-    """`count` elements of random bits: NaN, infinities and integers out of every range among them."""
+    """`count` elements of random bits: NaN, infinities, integers out of every range."""
     size = torch.empty(0, dtype=dtype).element_size()
     return torch.from_numpy(rng.integers(0, 256, count * size, dtype=np.uint8)).clone().view(dtype)
 
@@ -30,9 +30,9 @@ def strided(
 ) -> torch.Tensor:
     """A poisoned view of `shape` with guard bands around it.
 
-    `order` lists the dimensions from outermost to innermost in memory (default: as they are). `pads[i]`
-    elements of gap follow each step of dimension `i`. `shift` elements come before the first one, on top of the
-    guard, so that the first address has an odd alignment.
+    `order` lists the dimensions from outermost to innermost in memory (default: as they are).
+    `pads[i]` elements of gap follow each step of dimension `i`. `shift` elements come before the
+    first one, on top of the guard, so that the first address has an odd alignment.
     """
     order = range(len(shape)) if order is None else order
     pads = [0] * len(shape) if pads is None else pads
@@ -57,7 +57,7 @@ def random_strided(
 
 
 def placed(args: dict[str, Any], device: str) -> dict[str, Any]:
-    """The arguments copied to `device` with whole storages, so that views keep their gaps, guards and overlaps."""
+    """The arguments copied to `device` with whole storages: views keep gaps, guards, overlaps."""
     storages: dict[int, torch.UntypedStorage] = {}
     copies = dict(args)
     for name, tensor in tensors_of(args).items():

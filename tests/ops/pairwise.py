@@ -9,7 +9,7 @@ from typing import Any
 
 
 def pairwise(parameters: Mapping[str, Sequence[Any]], seed: int = 0) -> list[dict[str, Any]]:
-    """Greedy: each case starts from a pair not met yet and takes, parameter by parameter, the value that meets most."""
+    """Greedy: each case starts from a pair not met yet, then takes the values that meet most."""
     rng = random.Random(seed)
     names = list(parameters)
     index = {name: i for i, name in enumerate(names)}
@@ -25,7 +25,14 @@ def pairwise(parameters: Mapping[str, Sequence[Any]], seed: int = 0) -> list[dic
         for name in rng.sample(names, len(names)):
             if name not in chosen:
                 gains = [
-                    (sum(_pair(index, (name, value), other) in missing for other in chosen.items()), rng.random(), value)
+                    (
+                        sum(
+                            _pair(index, (name, value), other) in missing
+                            for other in chosen.items()
+                        ),
+                        rng.random(),
+                        value,
+                    )
                     for value in range(len(parameters[name]))
                 ]
                 chosen[name] = max(gains)[2]

@@ -1,4 +1,4 @@
-"""`ROPOOL_CHECK=1`: slots and positions out of range raise, with all that is needed to find the mistake."""
+"""`ROPOOL_CHECK=1`: slots and positions out of range raise, with all that finds the mistake."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import ropool
-from oracle.compare import storage_bytes, tensors_of
 from ops.backend import Backend
 from ops.calls import Case, arguments, check_args
+from oracle.compare import storage_bytes, tensors_of
 from ropool.dispatch import settings
 
 STORES = ["rope_store_kv_", "store_kv_", "store_mla_", "rope_store_mla_"]
@@ -28,7 +28,7 @@ def checks_on() -> Iterator[None]:
 
 
 def assert_index_error(op: str, args: dict[str, Any], backend: Backend, *numbers: int) -> None:
-    """IndexError that names the op and each of `numbers` (token, value, limit), and nothing written."""
+    """IndexError with the op and each of `numbers` (token, value, limit); nothing written."""
     before = {name: storage_bytes(tensor).clone() for name, tensor in tensors_of(args).items()}
     with pytest.raises(IndexError) as caught:
         getattr(ropool, op)(**args, backend=backend.name)
@@ -78,7 +78,9 @@ def test_padding_is_no_mistake(op: str, padding_slot: int, backend: Backend) -> 
     window = torch.tensor([1, 2, 4, -7])
     args["slot_mapping"] = torch.tensor([padding_slot, 2, -1, 3])
     check_args(op, {**args, "window_slot_map": window}, backend)
-    check_args(op, {**args, "window_slot_map": window[:0], "slot_mapping": mapping.clamp(max=-1)}, backend)
+    check_args(
+        op, {**args, "window_slot_map": window[:0], "slot_mapping": mapping.clamp(max=-1)}, backend
+    )
 
 
 @pytest.mark.parametrize("op", ROTATES)
@@ -118,7 +120,7 @@ def test_calls_without_mistakes_are_served(op: str, backend: Backend) -> None:
 
 
 def test_the_check_follows_the_setting(backend: Backend) -> None:
-    """The same call, off and on and off again: what is remembered of one must not serve the other."""
+    """The same call, off and on again: what is remembered of one must not serve the other."""
     args = small("store_kv_", slot_mapping=torch.tensor([1, 2, 99, 3]))
     for _ in range(2):
         with settings.override(check=False):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ops.backend import Backend
 from ops import grids
+from ops.backend import Backend
 from ops.calls import Case, check
 
 

@@ -1,4 +1,4 @@
-"""Hazards 02 and 08: no op reads or writes past an end of any tensor, seen by the processor itself."""
+"""Hazards 02 and 08: no op touches memory past an end of any tensor; the processor watches."""
 
 from __future__ import annotations
 

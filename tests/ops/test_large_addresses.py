@@ -1,7 +1,7 @@
 """Hazard 01: tensors whose rows stand further apart than 32 bits reach, in bytes and in elements.
 
-The tensors live in one large mapping of which only touched pages take memory. After a call the pages that came
-into being are read back, so a write that wrapped to anywhere in the mapping is seen.
+The tensors live in one large mapping of which only touched pages take memory. After a call the
+pages that came into being are read back, so a write that wrapped to anywhere in it is seen.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import ropool
-from oracle import compare, expected
 from ops.backend import Backend
 from ops.calls import FP8, Args, Case, arguments
 from ops.memory import compacted
+from oracle import compare, expected
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/pagemap")
 
@@ -57,7 +57,7 @@ class Space:
 
 def _bytes_of(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The place of every byte of a view in its storage."""
-    offsets = np.zeros((), np.int64) + tensor.storage_offset()
+    offsets: Any = np.zeros((), np.int64) + int(tensor.storage_offset())
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         offsets = offsets[..., None] + np.arange(size, dtype=np.int64) * stride
     size = tensor.element_size()
@@ -72,7 +72,7 @@ def space(backend: Backend) -> Iterator[Space]:
 
 
 def run(op: str, args: Args, far: dict[str, torch.Tensor], space: Space, backend: Backend) -> None:
-    """Run with the arguments of `far` in the mapping; each holds the values of the argument of that name."""
+    """Run with the arguments named in `far` moved into the mapping."""
     for name, view in far.items():
         view.copy_(args[name])
     before = {**args, **{name: args[name].clone() for name in far}}
@@ -90,11 +90,13 @@ def run(op: str, args: Args, far: dict[str, torch.Tensor], space: Space, backend
     assert len(stray) == 0, f"{len(stray)} bytes written outside the views, first at {stray[0]:#x}"
 
 
-# Steps between rows, so that nine of them pass 2**31 and 2**32 elements, with low bits that are no power of two.
+# Steps between rows: nine of them pass 2**31 and 2**32 elements, and are no power of two.
 STEP = 2**30 + 1200
 
 
-def _far(shape: Any, dtype: torch.dtype, space: Space, far_dim: int, start: int, step: int) -> torch.Tensor:
+def _far(
+    shape: Any, dtype: torch.dtype, space: Space, far_dim: int, start: int, step: int
+) -> torch.Tensor:
     """A dense view but for `far_dim`, whose stride is `step` elements."""
     strides, extent = [0] * len(shape), 1
     for dim in reversed(range(len(shape))):
@@ -176,7 +178,7 @@ def test_hazard_01_heads_and_tokens_past_32_bits(
     case = Case(op=op, tokens=5, heads_q=5, heads_kv=5, head_dim=16, write_k=True)
     args = arguments(case)
     names = [name for name in ("q", "k", "v") if name in args]
-    far = {
+    far: dict[str, torch.Tensor] = {
         name: _far(args[name].shape, args[name].dtype, space, far_dim, 64 + place * 2**20, STEP)
         for place, name in enumerate(names)
     }
@@ -187,7 +189,9 @@ def test_hazard_01_q_out_past_32_bits(space: Space, backend: Backend) -> None:
     case = Case(tokens=9, q_out=FP8[0], q_scale="head")
     args = arguments(case)
     q_out = args["q_out"]
-    run(case.op, args, {"q_out": _far(q_out.shape, q_out.dtype, space, 0, 64, STEP)}, space, backend)
+    run(
+        case.op, args, {"q_out": _far(q_out.shape, q_out.dtype, space, 0, 64, STEP)}, space, backend
+    )
 
 
 def test_hazard_01_mla_inputs_past_32_bits(space: Space, backend: Backend) -> None:

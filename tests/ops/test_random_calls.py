@@ -1,4 +1,4 @@
-"""Whole calls drawn by hypothesis: shapes, strides, dtypes, options and mistakes at once, against the oracle."""
+"""Whole calls drawn by hypothesis: shapes, strides, dtypes, options and mistakes at once."""
 
 from __future__ import annotations
 

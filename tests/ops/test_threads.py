@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import ropool
-from oracle import compare, expected
 from ops.backend import Backend
 from ops.calls import FP8, Case, arguments
 from ops.memory import placed
+from oracle import compare, expected
 from ropool.dispatch import settings
 
 TESTS = Path(__file__).parent.parent
@@ -30,7 +30,7 @@ def together(works: list[Callable[[], None]]) -> None:
         barrier.wait()
         try:
             work()
-        except BaseException as error:  # noqa: BLE001 - handed to the test's own thread
+        except BaseException as error:
             errors.append(error)
 
     threads = [threading.Thread(target=run, args=(work,)) for work in works]
@@ -91,7 +91,9 @@ def test_concurrent_calls_that_share_inputs(backend: Backend) -> None:
     for part in ("k", "v"):
         pool = args[f"{part}_pool"].flatten(0, 1)
         for slots in pieces:
-            assert torch.equal(pool[slots].view(torch.int16), args[part].contiguous().view(torch.int16))
+            assert torch.equal(
+                pool[slots].view(torch.int16), args[part].contiguous().view(torch.int16)
+            )
 
 
 _FORKS = """
@@ -111,7 +113,7 @@ compare(args, first, wanted)
 child = os.fork()
 if child == 0:
     signal.alarm(60)
-    # PyTorch's own threads do not outlive a fork. A backend with threads of its own must do without them.
+    # PyTorch's own threads do not outlive a fork. A backend must do without its own.
     if backend.name == "reference":
         torch.set_num_threads(1)
     ropool.rope_store_kv_(**second, backend=backend.name)
@@ -126,7 +128,7 @@ compare(args, third, wanted)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_fork_after_use(backend: Backend) -> None:
-    """A child has none of the parent's threads: a call in it must neither hang nor wait for them."""
+    """A child has none of the parent's threads: a call must neither hang nor wait for them."""
     path = os.pathsep.join([str(TESTS), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", _FORKS, backend.name],

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import ropool
-from oracle import compare, expected
-from oracle.compare import tensors_of
 from ops.backend import Backend
 from ops.calls import FP8, Args, Case, arguments, check_args
 from ops.memory import placed
+from oracle import compare, expected
+from oracle.compare import tensors_of
 
 # Per op: the tensors, then the options, in the order of the torch schema.
 TENSORS = {
@@ -81,12 +81,14 @@ def positional(op: str, overload: str, args: Args, backend: str) -> tuple[Any, .
 
 @pytest.mark.parametrize(("op", "overload"), OVERLOADS)
 def test_schema(op: str, overload: str) -> None:
-    """Tensors come first, nothing is returned, and exactly what is written is marked so (hazard 04: K)."""
+    """Tensors first, nothing returned, and exactly what is written is marked (hazard 04: K)."""
     schema = overload_of(op, overload)._schema
     names = [argument.name for argument in schema.arguments]
     assert names[: len(TENSORS[op])] == TENSORS[op]
     assert not schema.returns
-    marked = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    marked = {
+        a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
+    }
     assert marked == written_by(op, overload)
 
 
@@ -132,17 +134,19 @@ def test_torch_op_does_what_the_function_does(op: str, overload: str, backend: B
     compare(args, after, expected(op, args))
 
 
-# --- compilation ----------------------------------------------------------------------------------------
+# --- compilation ----------------------------------------------------------------------------------
 
 
-def compiled_call(op: str, backend: Backend, how: str, dynamic: bool | None) -> Callable[[Args], None]:
+def compiled_call(
+    op: str, backend: Backend, how: str, dynamic: bool | None
+) -> Callable[[Args], None]:
     function = getattr(ropool, op)
 
     def call(args: Args) -> None:
         function(**args, backend=backend.name)
 
     torch._dynamo.reset()
-    return torch.compile(call, fullgraph=True, dynamic=dynamic, backend=how)  # type: ignore[no-any-return]
+    return torch.compile(call, fullgraph=True, dynamic=dynamic, backend=how)
 
 
 def check_compiled(call: Callable[[Args], None], op: str, args: Args, backend: Backend) -> None:
@@ -151,7 +155,9 @@ def check_compiled(call: Callable[[Args], None], op: str, args: Args, backend: B
     compare(args, after, expected(op, args))
 
 
-@pytest.mark.parametrize(("op", "overload"), [o for o in OVERLOADS if o[1] in ("default", "q_out_write_k")])
+@pytest.mark.parametrize(
+    ("op", "overload"), [o for o in OVERLOADS if o[1] in ("default", "q_out_write_k")]
+)
 def test_compiles_whole(op: str, overload: str, backend: Backend) -> None:
     call = compiled_call(op, backend, "aot_eager", dynamic=False)
     args = arguments(case_for(op, overload, strides="odd", pool_strides="kv"))
@@ -204,7 +210,7 @@ def test_export_sees_the_op() -> None:
     assert "ropool.store_kv_" in str(program.graph)
 
 
-# --- autograd and modes ---------------------------------------------------------------------------------
+# --- autograd and modes ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,8 +243,11 @@ def test_parameters_without_grad_mode(backend: Backend) -> None:
         after[name] = torch.nn.Parameter(after[name])
     with torch.no_grad():
         ropool.rope_store_kv_(**after, backend=backend.name)
-    compare(args, {n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in after.items()},
-            expected("rope_store_kv_", args))
+    compare(
+        args,
+        {n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in after.items()},
+        expected("rope_store_kv_", args),
+    )
 
 
 @pytest.mark.parametrize("op", TENSORS)
@@ -259,5 +268,5 @@ def test_profiler_sees_the_op(op: str, backend: Backend) -> None:
 
 def test_meta_tensors_do_nothing() -> None:
     args = placed(arguments(case_for("rope_store_kv_", "default")), "cpu")
-    meta = {n: v.to("meta") if isinstance(v, torch.Tensor) else v for n, v in args.items()}
+    meta: Args = {n: v.to("meta") if isinstance(v, torch.Tensor) else v for n, v in args.items()}
     ropool.rope_store_kv_(**meta)

@@ -11,10 +11,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ropool
-from oracle.compare import storage_bytes, tensors_of
 from ops.backend import Backend
 from ops.calls import FP8, Args, Case, arguments, check_args
 from ops.memory import placed
+from oracle.compare import storage_bytes, tensors_of
 from ropool.dispatch import settings
 
 CASES = {
@@ -164,7 +164,10 @@ for _case, _names in TOKENS.items():
         WRONG += [Wrong(_case, _name, cut(_name), _name)]
 for _case, _names in WRITTEN.items():
     for _name in _names:
-        WRONG += [Wrong(_case, _name, repeated(_name, 0), _name), Wrong(_case, _name, repeated(_name, 1), _name)]
+        WRONG += [
+            Wrong(_case, _name, repeated(_name, 0), _name),
+            Wrong(_case, _name, repeated(_name, 1), _name),
+        ]
 
 _KV = "rope_store_kv_"
 _FP8 = "rope_store_kv_ fp8"
@@ -188,17 +191,31 @@ WRONG += [
     # Index dtypes.
     Wrong(_KV, "positions", cast("positions", torch.int16), "positions is int16", TypeError),
     Wrong(_KV, "positions", cast("positions", torch.float32), "positions is float32", TypeError),
-    Wrong(_KV, "slot_mapping", cast("slot_mapping", torch.uint8), "slot_mapping is uint8", TypeError),
+    Wrong(
+        _KV, "slot_mapping", cast("slot_mapping", torch.uint8), "slot_mapping is uint8", TypeError
+    ),
     Wrong(_FP8, "offsets", cast("offsets", torch.int16), "offsets is int16", TypeError),
-    Wrong(_FP8, "window_slot_map", cast("window_slot_map", torch.int16), "window_slot_map", TypeError),
+    Wrong(
+        _FP8, "window_slot_map", cast("window_slot_map", torch.int16), "window_slot_map", TypeError
+    ),
     # A mapping that is longer than T is a mistake as well.
-    Wrong(_KV, "slot_mapping", const(torch.zeros(7, dtype=torch.int64)), "slot_mapping has 7 tokens"),
-    Wrong("store_kv_", "slot_mapping", const(torch.zeros(0, dtype=torch.int64)), "slot_mapping has 0"),
+    Wrong(
+        _KV, "slot_mapping", const(torch.zeros(7, dtype=torch.int64)), "slot_mapping has 7 tokens"
+    ),
+    Wrong(
+        "store_kv_", "slot_mapping", const(torch.zeros(0, dtype=torch.int64)), "slot_mapping has 0"
+    ),
     # The table.
     Wrong(_KV, "cos_sin_cache", const(torch.zeros(9, 7)), "7"),
     Wrong(_KV, "cos_sin_cache", const(torch.zeros(9, 0)), "0"),
     Wrong(_KV, "cos_sin_cache", const(torch.zeros(9, 18)), "18"),
-    Wrong(_KV, "cos_sin_cache", cast("cos_sin_cache", torch.float16), "cos_sin_cache is float16", TypeError),
+    Wrong(
+        _KV,
+        "cos_sin_cache",
+        cast("cos_sin_cache", torch.float16),
+        "cos_sin_cache is float16",
+        TypeError,
+    ),
     Wrong("rope_store_mla_", "cos_sin_cache", const(torch.zeros(9, 6)), "6"),
     # M-RoPE.
     Wrong("mrope", "mrope_section", const((2, 1, 2)), "mrope_section"),
@@ -308,7 +325,9 @@ def test_message_names_the_op_the_argument_and_both_sizes() -> None:
         ropool.rope_store_kv_(**args)
 
 
-@pytest.mark.parametrize("op", ["rope_", "store_kv_", "rope_store_kv_", "store_mla_", "rope_store_mla_"])
+@pytest.mark.parametrize(
+    "op", ["rope_", "store_kv_", "rope_store_kv_", "store_mla_", "rope_store_mla_"]
+)
 def test_wrong_shapes_raise_without_tokens_too(op: str) -> None:
     args = arguments(replace(CASES[op], tokens=0))
     name = "k" if "k" in args else "k_rope"
@@ -319,7 +338,7 @@ def test_wrong_shapes_raise_without_tokens_too(op: str) -> None:
 
 def test_fake_tensors_are_validated_alike() -> None:
     with FakeTensorMode() as mode:
-        args = {
+        args: dict[str, Any] = {
             name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
             for name, value in arguments(CASES["rope_store_kv_"]).items()
         }
@@ -329,7 +348,7 @@ def test_fake_tensors_are_validated_alike() -> None:
             ropool.rope_store_kv_(**args)
 
 
-# --- an explicit backend never falls back ---------------------------------------------------------------
+# --- an explicit backend never falls back ---------------------------------------------------------
 
 
 def test_unknown_backend_names_the_known_ones() -> None:
@@ -340,16 +359,21 @@ def test_unknown_backend_names_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("how", ["argument", "setting"])
-def test_a_backend_that_cannot_serve_a_call_raises(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_cannot_serve_a_call_raises(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It runs or raises with its reason; the reference backend, which could, is not asked."""
     import ropool.backends.cpu as cpu_backend
 
     monkeypatch.setattr(cpu_backend, "supports", lambda *key: "the moon is in the wrong house")
     args = arguments(CASES["rope_store_kv_"])
     before = {name: storage_bytes(tensor).clone() for name, tensor in tensors_of(args).items()}
-    override = {"backend": "cpu"} if how == "setting" else {}
-    with settings.override(**override), pytest.raises(Exception, match="ropool.rope_store_kv_") as caught:
-        ropool.rope_store_kv_(**args, **({"backend": "cpu"} if how == "argument" else {}))
+    override: dict[str, Any] = {"backend": "cpu"} if how == "setting" else {}
+    with (
+        settings.override(**override),
+        pytest.raises(Exception, match=r"ropool\.rope_store_kv_") as caught,
+    ):
+        ropool.rope_store_kv_(**args, backend="cpu" if how == "argument" else None)
     if cpu_backend.available() is None:
         assert "the moon is in the wrong house" in str(caught.value)
     for name, old in before.items():

@@ -1,10 +1,10 @@
-"""What every op must do to memory, in float64 numpy, written from the contract and from nothing else.
+"""What every op must do to memory, in float64 numpy, written from the contract alone.
 
-No code of the package takes part, and no cast of PyTorch to a narrow format: the backends, the plain-torch
-reference among them, are measured against this.
+No code of the package takes part, and no cast of PyTorch to a narrow format: the backends, the
+plain-torch reference among them, are measured against this.
 """
 
-from oracle.compare import Mismatch, compare
+from oracle.compare import MismatchError, compare
 from oracle.ops import Expected, expected
 
-__all__ = ["Expected", "Mismatch", "compare", "expected"]
+__all__ = ["Expected", "MismatchError", "compare", "expected"]

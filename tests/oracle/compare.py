@@ -1,4 +1,4 @@
-"""Compares memory after a call with what the oracle expects: values where written, bits everywhere else."""
+"""Compares memory after a call with what must be there: values where written, bits elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from oracle.ops import Expected
 Bools = NDArray[np.bool_]
 
 
-class Mismatch(AssertionError):
+class MismatchError(AssertionError):
     """A call wrote something else, or somewhere else, than it must."""
 
 
@@ -31,7 +31,7 @@ def tensors_of(args: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 def compare(
     before: Mapping[str, Any], after: Mapping[str, Any], results: Sequence[Expected]
 ) -> None:
-    """Raise `Mismatch` unless `after` is `before` with exactly `results` written.
+    """Raise `MismatchError` unless `after` is `before` with exactly `results` written.
 
     Both map argument names to arguments; tensors that share a storage in one share it in the other.
     """
@@ -82,7 +82,7 @@ def _check_untouched(
                 allowed = _written_bytes(before[name], mine)
                 changed[: len(allowed)] &= ~allowed
         if changed.any():
-            raise Mismatch(_describe_stray(before, names, changed))
+            raise MismatchError(_describe_stray(before, names, changed))
 
 
 def _describe_stray(
@@ -90,10 +90,11 @@ def _describe_stray(
 ) -> str:
     for name in names:
         size = before[name].element_size()
-        whole = changed[: len(changed) // size * size].reshape(-1, size).any(axis=1)
-        where = np.argwhere(_as_view(before[name], whole))
-        if len(where):
-            return f"{name}{where[0].tolist()} changed and must not ({len(where)} elements in all)"
+        whole = np.any(changed[: len(changed) // size * size].reshape(-1, size), axis=1)
+        inside = np.argwhere(_as_view(before[name], np.asarray(whole)))
+        if len(inside):
+            first = inside[0].tolist()
+            return f"{name}{first} changed and must not ({len(inside)} elements in all)"
     where = np.flatnonzero(changed)
     return (
         f"byte {where[0]} outside every view of the storage of {'/'.join(names)} changed "
@@ -117,8 +118,8 @@ def _check_written(tensor: torch.Tensor, result: Expected) -> None:
     wrong = result.written & ~right
     if wrong.any():
         index = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise Mismatch(
-            f"{result.arg}{list(index)} is {got[index]!r}, expected {low[index]!r}..{high[index]!r} "
-            f"(exact {result.value[index]!r} in {result.dtype}); "
+        raise MismatchError(
+            f"{result.arg}{list(index)} is {got[index]!r}, expected "
+            f"{low[index]!r}..{high[index]!r} (exact {result.value[index]!r} in {result.dtype}); "
             f"{int(wrong.sum())} of {int(result.written.sum())} written elements are wrong"
         )

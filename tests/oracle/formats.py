@@ -1,4 +1,4 @@
-"""Number formats of storage, decoded and rounded by the oracle's own arithmetic, and the one tolerance table."""
+"""Formats of storage, decoded and rounded by the oracle itself, and the one tolerance table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Format:
-    """A binary format: `mantissa` stored bits, the exponent of its smallest normal, its largest finite value."""
+    """A binary format: `mantissa` stored bits, exponent of the smallest normal, largest value."""
 
     mantissa: int
     min_exponent: int
@@ -32,12 +32,14 @@ class Format:
         return np.where(np.isfinite(exact), rounded, exact)
 
 
-# A stored value is right when it lies between the roundings of (exact - slack) and (exact + slack). So each
-# dtype allows half a unit in its own last place, which is the one rounding at the store, and the slack below,
-# which is what float32 arithmetic on the way there may lose. Nothing else is ever allowed.
+# A stored value is right when it lies between the roundings of (exact - slack) and (exact + slack):
+# each dtype allows half a unit in its own last place, the one rounding at the store, and the slack
+# below, what float32 arithmetic on the way there may lose. Nothing else.
 FORMATS = {
     torch.float32: Format(23, -126, float(np.finfo(np.float32).max), False),  # 2**-24 + slack
-    torch.float16: Format(10, -14, 65504.0, False),  # 2**-11 relative; beyond 65504 (+ half a step) inf
+    torch.float16: Format(
+        10, -14, 65504.0, False
+    ),  # 2**-11 relative; beyond 65504 (+ half a step) inf
     torch.bfloat16: Format(7, -126, (2 - 2**-7) * 2.0**127, False),  # 2**-8 relative
     torch.float8_e4m3fn: Format(3, -6, 448.0, True),  # 2**-4 relative: the neighbour only at a tie
     torch.float8_e5m2: Format(2, -14, 57344.0, True),  # 2**-3 relative: the neighbour only at a tie

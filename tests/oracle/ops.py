@@ -1,4 +1,4 @@
-"""The five ops, token by token: which elements a call writes, and their exact values before rounding."""
+"""The five ops, token by token: which elements a call writes, and their exact values."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def expected(op: str, args: Mapping[str, Any]) -> list[Expected]:
         return _OPS[op](args)
 
 
-# --- integers: which token goes where -------------------------------------------------------------------
+# --- integers: which token goes where -------------------------------------------------------------
 
 
 def _ints(tensor: torch.Tensor | None) -> Any:
@@ -116,7 +116,7 @@ def _angles(args: Mapping[str, Any], token: int, table: Array) -> tuple[Array, A
     return cos, sin
 
 
-# --- floats: one head of one token ----------------------------------------------------------------------
+# --- floats: one head of one token ----------------------------------------------------------------
 
 
 def _exact(value: Array) -> Row:
@@ -165,7 +165,7 @@ def _weight(args: Mapping[str, Any], name: str) -> Array | None:
     return None if weight is None else decode(weight)
 
 
-# --- pools ----------------------------------------------------------------------------------------------
+# --- pools ----------------------------------------------------------------------------------------
 
 
 def _slots_and_page(layout: str, k_pool: torch.Tensor) -> tuple[int, int]:
@@ -201,7 +201,7 @@ def _store_head(out: Expected, pool: torch.Tensor, place: tuple[Any, ...], row: 
     out.put(_pool_index(layout, part, pool, slot, page_size, head, dims), row)
 
 
-# --- the ops --------------------------------------------------------------------------------------------
+# --- the ops --------------------------------------------------------------------------------------
 
 
 def _rope(args: Mapping[str, Any]) -> list[Expected]:
@@ -214,7 +214,9 @@ def _rope(args: Mapping[str, Any]) -> list[Expected]:
         out, x = Expected.untouched(name, tensor), decode(tensor)
         for token in range(tensor.shape[0]):
             angles = _angles(args, token, table)
-            for head in range(tensor.shape[1] if angles else 0):
+            if angles is None:
+                continue
+            for head in range(tensor.shape[1]):
                 row = _rotated(_exact(x[token, head]), *angles, args.get("interleaved", False))
                 _put_rotated(out, (token, head), row, table.shape[1])
         results.append(out)

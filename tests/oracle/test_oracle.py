@@ -1,4 +1,4 @@
-"""The oracle's own parts against arithmetic done by hand, and its comparison against planted errors."""
+"""The oracle against arithmetic done by hand, and its comparison against planted errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from oracle import Mismatch, compare, expected
+from oracle import MismatchError, compare, expected
 from oracle.formats import FORMATS, bounds, decode
 
 
@@ -111,12 +111,12 @@ def test_comparison_accepts_what_is_right() -> None:
 )
 def test_comparison_sees_an_error(index: tuple[int, ...], value: float, message: str) -> None:
     before, after = _after({index: value})
-    with pytest.raises(Mismatch, match=message):
+    with pytest.raises(MismatchError, match=message):
         compare(before, after, expected("rope_", before))
 
 
 def test_comparison_sees_a_write_outside_the_view() -> None:
     args, later = ({**_rope_args(False), "q": torch.zeros(2, 1, 10)[:, :, 2:8]} for _ in range(2))
     later["q"].as_strided((1,), (1,), 9)[0] = 1
-    with pytest.raises(Mismatch, match="outside every view"):
+    with pytest.raises(MismatchError, match="outside every view"):
         compare(args, later, expected("rope_", args))
