@@ -6,10 +6,10 @@ registered or a setting changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
-Launch = Callable[[tuple[Any, ...]], None]
+from ropool.dispatch.spec import Launch
 
 LAUNCH_LIMIT = 4096
 """Bound launches kept; each prefill length adds one, so a long-lived server must not keep them all.

@@ -16,7 +16,7 @@ class Options(NamedTuple):
     interleaved: bool = False
     mrope_section: tuple[int, int, int] | None = None
     mrope_interleaved: bool = False
-    layout: KVLayout | None = None
+    layout: KVLayout = KVLayout.NHD
     norm_eps: float = 1e-6
     write_k: bool = False
     padding_slot: int | None = None

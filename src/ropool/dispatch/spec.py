@@ -8,6 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+Args = tuple[Any, ...]
+"""An op's tensors in the order that its file names them, `None` where an optional one is absent."""
+
+Launch = Callable[[Args], None]
+"""A bound kernel: runs on any tensors with the metadata that it was bound for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Device:

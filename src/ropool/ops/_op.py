@@ -18,11 +18,9 @@ from ropool.dispatch import cache
 from ropool.dispatch.key import Key, Options
 from ropool.dispatch.select import KernelReport, explain, select
 from ropool.dispatch.settings import current
-from ropool.dispatch.spec import Device, load
+from ropool.dispatch.spec import Args, Device, Launch, load
 from ropool.layouts import KVLayout
 from ropool.ops._device import device_of
-
-Args = tuple[Tensor | None, ...]
 
 _LIBRARY = torch.library.Library("ropool", "DEF")
 
@@ -126,7 +124,7 @@ class Op:
             cache.keep(signature, launch)
         launch(args)
 
-    def _bind(self, args: Args, options: tuple[Any, ...], backend: str | None) -> cache.Launch:
+    def _bind(self, args: Args, options: tuple[Any, ...], backend: str | None) -> Launch:
         """Validate a call and find its launch."""
         self._check_types(args, options, backend)
         named = self._options(options)
@@ -138,13 +136,13 @@ class Op:
                         f"ropool.{self.name}: {name} requires grad, but the op has no backward; "
                         "call it under torch.no_grad() or torch.inference_mode()"
                     )
-        device = args[0].device  # type: ignore[union-attr]
+        device = args[0].device
         if device.type == "meta":
             return _nothing
         spec = select(self.name, device_of(device), key, backend)
-        if args[0].shape[0] == 0:  # type: ignore[union-attr]
+        if args[0].shape[0] == 0:
             return _nothing
-        launch: cache.Launch = load(spec.target)(key, args, named)
+        launch: Launch = load(spec.target)(key, args, named)
         cache.chosen[self.name] = spec.label
         if not current().check:
             return launch
@@ -161,13 +159,11 @@ class Op:
         """Every kernel of this op, with chosen or why not for this call."""
         self._check_types(args, options, backend)
         key = self._key(args, self._options(options))
-        device: Device = device_of(args[0].device)  # type: ignore[union-attr]
+        device: Device = device_of(args[0].device)
         return explain(self.name, device, key, backend)
 
     def _options(self, options: tuple[Any, ...]) -> Options:
         named = Options(**dict(zip(self.option_names, options, strict=True)))
-        if named.layout is None:
-            return named
         try:
             return named._replace(layout=KVLayout(named.layout))
         except ValueError:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ropool.dispatch.key import Key, Options
+from ropool.dispatch.spec import Args
 from ropool.ops._check import check_positions
-from ropool.ops._op import Args, Op
+from ropool.ops._op import Op
 from ropool.ops._validate import Checker, dtype_name, optional_dtype
 
 _ARGUMENTS = """Tensor cos_sin_cache, Tensor positions, Tensor? offsets, bool interleaved, int[]?
@@ -65,7 +66,6 @@ def rope_(
 
 def _key(args: Args, options: Options) -> Key:
     q, k, cos_sin_cache, positions, offsets = args
-    assert q is not None and cos_sin_cache is not None and positions is not None
     checker = Checker("rope_")
     model = checker.model_dtype("q", q)
     checker.tensor("q", q, ("T", "Hq", "D"), model, written=True)
@@ -91,7 +91,6 @@ def _key(args: Args, options: Options) -> Key:
 
 def _check(args: Args, options: Options) -> None:
     _, _, cos_sin_cache, positions, offsets = args
-    assert cos_sin_cache is not None and positions is not None
     check_positions("rope_", positions, offsets, cos_sin_cache.shape[0])
 
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ropool.dispatch.key import Key, Options
+from ropool.dispatch.spec import Args
 from ropool.layouts import KVLayout
 from ropool.ops._check import check_positions, check_slots
-from ropool.ops._op import OVERLOADS, Args, Op
+from ropool.ops._op import OVERLOADS, Op
 from ropool.ops._validate import Checker, dtype_name, optional_dtype, pool_slots, scale_kind
 
 _SCHEMA = """(Tensor{q} q, Tensor{k} k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor
@@ -138,9 +139,6 @@ def _key(args: Args, options: Options) -> Key:
     offsets, q_norm_weight, k_norm_weight, k_scale, v_scale, q_out, q_scale, window_slot_map = (
         optional
     )
-    assert q is not None and k is not None and v is not None
-    assert k_pool is not None and v_pool is not None and slot_mapping is not None
-    assert cos_sin_cache is not None and positions is not None and options.layout is not None
     checker = Checker("rope_store_kv_")
     model = checker.model_dtype("q", q)
     checker.tensor("q", q, ("T", "Hq", "D"), model, written=q_out is None)
@@ -195,13 +193,6 @@ def _check(args: Args, options: Options) -> None:
         args[7],
         args[8],
     )
-    assert (
-        k_pool is not None
-        and cos_sin_cache is not None
-        and positions is not None
-        and slot_mapping is not None
-    )
-    assert options.layout is not None
     check_positions("rope_store_kv_", positions, offsets, cos_sin_cache.shape[0])
     check_slots(
         "rope_store_kv_", slot_mapping, pool_slots(k_pool, options.layout), args[15], options

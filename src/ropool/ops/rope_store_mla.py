@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ropool.dispatch.key import Key, Options
+from ropool.dispatch.spec import Args
 from ropool.ops._check import check_positions, check_slots
-from ropool.ops._op import OVERLOADS, Args, Op
+from ropool.ops._op import OVERLOADS, Op
 from ropool.ops._validate import Checker, dtype_name, optional_dtype, scale_kind
 
 _SCHEMA = """(Tensor{q} q_rope, Tensor k_nope, Tensor{k} k_rope, Tensor(a!) pool, Tensor
@@ -106,8 +107,6 @@ def rope_store_mla_(
 def _key(args: Args, options: Options) -> Key:
     q_rope, k_nope, k_rope, pool, cos_sin_cache, positions, slot_mapping, *optional = args
     offsets, scale, q_out, q_scale, window_slot_map = optional
-    assert q_rope is not None and k_nope is not None and k_rope is not None and pool is not None
-    assert cos_sin_cache is not None and positions is not None and slot_mapping is not None
     checker = Checker("rope_store_mla_")
     model = checker.model_dtype("q_rope", q_rope)
     checker.tensor("q_rope", q_rope, ("T", "Hq", "R"), model, written=q_out is None)
@@ -146,12 +145,6 @@ def _key(args: Args, options: Options) -> Key:
 
 def _check(args: Args, options: Options) -> None:
     pool, cos_sin_cache, positions, slot_mapping = args[3:7]
-    assert (
-        pool is not None
-        and cos_sin_cache is not None
-        and positions is not None
-        and slot_mapping is not None
-    )
     check_positions("rope_store_mla_", positions, args[7], cos_sin_cache.shape[0])
     check_slots("rope_store_mla_", slot_mapping, pool.shape[:-1].numel(), args[11], options)
 

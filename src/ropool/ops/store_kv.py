@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ropool.dispatch.key import Key, Options
+from ropool.dispatch.spec import Args
 from ropool.layouts import KVLayout
 from ropool.ops._check import check_slots
-from ropool.ops._op import Args, Op
+from ropool.ops._op import Op
 from ropool.ops._validate import Checker, dtype_name, optional_dtype, pool_slots, scale_kind
 
 
@@ -57,8 +58,6 @@ def store_kv_(
 
 def _key(args: Args, options: Options) -> Key:
     k, v, k_pool, v_pool, slot_mapping, k_scale, v_scale, window_slot_map = args
-    assert k is not None and v is not None and slot_mapping is not None
-    assert k_pool is not None and v_pool is not None and options.layout is not None
     checker = Checker("store_kv_")
     model = checker.model_dtype("k", k)
     checker.tensor("k", k, ("T", "Hk", "D"), model)
@@ -87,7 +86,6 @@ def _key(args: Args, options: Options) -> Key:
 
 def _check(args: Args, options: Options) -> None:
     k_pool, slot_mapping = args[2], args[4]
-    assert k_pool is not None and slot_mapping is not None and options.layout is not None
     check_slots("store_kv_", slot_mapping, pool_slots(k_pool, options.layout), args[7], options)
 
 

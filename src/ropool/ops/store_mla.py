@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ropool.dispatch.key import Key, Options
+from ropool.dispatch.spec import Args
 from ropool.ops._check import check_slots
-from ropool.ops._op import Args, Op
+from ropool.ops._op import Op
 from ropool.ops._validate import Checker, dtype_name, optional_dtype, scale_kind
 
 
@@ -54,9 +55,6 @@ def store_mla_(
 
 def _key(args: Args, options: Options) -> Key:
     k_nope, k_rope, pool, slot_mapping, scale, window_slot_map = args
-    assert (
-        k_nope is not None and k_rope is not None and pool is not None and slot_mapping is not None
-    )
     checker = Checker("store_mla_")
     model = checker.model_dtype("k_nope", k_nope)
     checker.tensor("k_nope", k_nope, ("T", "L"), model)
@@ -79,7 +77,6 @@ def _key(args: Args, options: Options) -> Key:
 
 def _check(args: Args, options: Options) -> None:
     pool, slot_mapping = args[2], args[3]
-    assert pool is not None and slot_mapping is not None
     check_slots("store_mla_", slot_mapping, pool.shape[:-1].numel(), args[5], options)
 
 

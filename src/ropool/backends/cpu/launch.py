@@ -3,17 +3,16 @@ launch passes the argument tuple on, from which the plan takes nothing but addre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ropool import _cpu
 from ropool.dispatch.key import Key, Options
+from ropool.dispatch.spec import Args, Launch
 from ropool.layouts import PlaneView, plane_view
 
-Args = tuple[Tensor | None, ...]
-Launch = Callable[[Args], None]
 Operand = tuple[int, str, int]
 """Index in the argument tuple, name in the plan, bytes added to the address."""
 
@@ -188,7 +187,6 @@ def _plane(view: PlaneView, dtype: str, size: int) -> _cpu.Plane:
 
 
 def _set_pools(call: _cpu.Call, k_pool: Tensor, v_pool: Tensor, options: Options) -> None:
-    assert options.layout is not None
     for part, pool in (("k", k_pool), ("v", v_pool)):
         view = plane_view(options.layout, part, pool.shape, pool.stride())
         if view.dim_group > 1:  # contiguous, but a size of 1 may come with any stride
@@ -206,7 +204,7 @@ def _set_mla(
     scale: Tensor | None,
     operand_at: tuple[int, int],
 ) -> list[Operand]:
-    """Describe an MLA row as one K head (rope part) and one V head (latent part) of the same pool."""
+    """Describe an MLA row as one K head (the rope part) and one V head (the latent part)."""
     call.k, call.v = _rows(k_rope), _rows(k_nope)
     size = pool.element_size()
     if pool.dim() == 2:
@@ -236,9 +234,7 @@ def _set_mla(
     return operands
 
 
-def _set_slots(
-    call: _cpu.Call, slots: Tensor, window: Tensor | None, options: Options
-) -> None:
+def _set_slots(call: _cpu.Call, slots: Tensor, window: Tensor | None, options: Options) -> None:
     call.slots = _indices(slots)
     if window is not None:
         call.window = _indices(window)

@@ -6,13 +6,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-from torch import Tensor
-
 from ropool.backends.reference import ops
-from ropool.dispatch.cache import Launch
 from ropool.dispatch.key import Key, Options
+from ropool.dispatch.spec import Args, Launch
 
-Args = tuple[Tensor | None, ...]
 Bind = Callable[[Key, Args, Options], Launch]
 
 
