@@ -132,3 +132,22 @@ def test_hazard_11_last_positions_of_a_long_context(op: str, dtype: str, backend
     case = Case(op=op, dtype=dtype, max_position=131072, head_dim=64, tokens=4)
     positions = torch.tensor([131071, 131070, 65537, 100003])
     check_args(op, altered(case, positions=positions), backend)
+
+
+# --- QK-norm --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 1e-5, 0.5])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_norm_of_small_heads(eps: float, dtype: str, backend: Backend) -> None:
+    """Heads of zeros, and heads so small that `norm_eps` decides; each head has a norm of its own."""
+    for head_dim in (64, 72, 130):
+        case = replace(
+            BASE, dtype=dtype, q_norm="float32", k_norm="model", write_k=True, head_dim=head_dim
+        )
+        args = altered(case, norm_eps=eps)
+        for name in ("q", "k"):
+            args[name][0] = 0
+            args[name][1:] *= 10.0 ** -torch.arange(5)[:, None, None]
+            args[name][:, 0] *= 0.01
+        check_args(case.op, args, backend)

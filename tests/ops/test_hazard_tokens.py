@@ -101,6 +101,18 @@ def test_hazard_06_no_tokens(op: str, backend: Backend) -> None:
     check(Case(op=op, tokens=0), backend)
 
 
+def test_hazard_06_pools_and_tables_without_rows(backend: Backend) -> None:
+    """Every slot, or every position, is out of range; nothing is divided by a page of no tokens."""
+    for pages, page_size in ((0, 4), (4, 0)):
+        for layout in ("NHD", "HND"):
+            case = replace(BASE, layout=layout)
+            shape = (pages, page_size, 2, 64) if layout == "NHD" else (pages, 2, page_size, 64)
+            k_pool, v_pool = (torch.empty(shape, dtype=torch.bfloat16) for _ in range(2))
+            check_args(case.op, altered(case, k_pool=k_pool, v_pool=v_pool), backend)
+    check_args(MLA.op, altered(MLA, pool=torch.empty(0, 4, 656, dtype=torch.uint8)), backend)
+    check_args(BASE.op, altered(BASE, cos_sin_cache=torch.empty(0, 64)), backend)
+
+
 @pytest.mark.parametrize("op", ["store_kv_", "rope_store_kv_", "store_mla_", "rope_store_mla_"])
 @pytest.mark.parametrize("padding_slot", [None, 0, 15, 16, 10**6, 2**31 - 1, -3])
 def test_hazard_06_queries_of_padding_tokens_are_rotated(
