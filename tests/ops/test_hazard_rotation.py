@@ -140,7 +140,7 @@ def test_hazard_11_last_positions_of_a_long_context(op: str, dtype: str, backend
 @pytest.mark.parametrize("eps", [0.0, 1e-6, 1e-5, 0.5])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_norm_of_small_heads(eps: float, dtype: str, backend: Backend) -> None:
-    """Heads of zeros, and heads so small that `norm_eps` decides; each head has a norm of its own."""
+    """Heads of zeros, and heads so small that `norm_eps` decides; each has a norm of its own."""
     for head_dim in (64, 72, 130):
         case = replace(
             BASE, dtype=dtype, q_norm="float32", k_norm="model", write_k=True, head_dim=head_dim
