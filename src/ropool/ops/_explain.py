@@ -7,6 +7,7 @@ from typing import Any
 
 from ropool.dispatch import OPS, KernelReport
 from ropool.ops import rope, rope_store_kv, rope_store_mla, store_kv, store_mla
+from ropool.ops._op import hashable
 
 _MODULES = {
     module.OP.name: module for module in (rope, rope_store_kv, store_kv, store_mla, rope_store_mla)
@@ -39,8 +40,5 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     call = inspect.signature(getattr(module, op)).bind(*args, **kwargs)
     call.apply_defaults()
     tensors = tuple(call.arguments[name] for name in module.OP.tensors)
-    options = tuple(
-        tuple(value) if isinstance(value := call.arguments[name], list) else value
-        for name in module.OP.option_names
-    )
+    options = tuple(hashable(call.arguments[name]) for name in module.OP.option_names)
     return Explanation(module.OP.explain(tensors, options, call.arguments["backend"]))

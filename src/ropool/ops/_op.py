@@ -21,6 +21,7 @@ from ropool.dispatch.settings import current
 from ropool.dispatch.spec import Args, Device, Launch, load
 from ropool.layouts import KVLayout
 from ropool.ops._device import device_of
+from ropool.ops._validate import wrong_option
 
 _LIBRARY = torch.library.Library("ropool", "DEF")
 
@@ -43,6 +44,16 @@ OVERLOADS = {
     (True, True): "q_out_write_k",
 }
 """`(write_k, q_out given)` -> overload of the torch op, for the ops that have both options."""
+
+
+def overload_of(write_k: bool, q_out: Tensor | None) -> str:
+    """The overload that writes what a call writes."""
+    return OVERLOADS.get((write_k, q_out is not None), "")
+
+
+def hashable(value: Any) -> Any:
+    """An option as part of a signature: a list becomes a tuple."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Op:
@@ -117,6 +128,7 @@ class Op:
             )
             launch = cache.launches.get(signature)
         except (AttributeError, TypeError):
+            # Something without a shape, or an unhashable option: say which.
             self._check_types(args, options, backend)
             raise
         if launch is None:
@@ -178,10 +190,10 @@ class Op:
                 raise TypeError(
                     f"ropool.{self.name}: {name} must be a torch.Tensor, got {type(value).__name__}"
                 )
-        if backend is not None and not isinstance(backend, str):
-            raise TypeError(
-                f"ropool.{self.name}: backend must be a str or None, got {type(backend).__name__}"
-            )
+        for name, value in (*zip(self.option_names, options, strict=True), ("backend", backend)):
+            expected = wrong_option(name, value)
+            if expected:
+                raise TypeError(f"ropool.{self.name}: {name} is {value!r}, expected {expected}")
 
     def _run_registered(self, *values: Any) -> None:
         self._run(*self._split(values))
@@ -194,7 +206,5 @@ class Op:
     def _split(self, values: tuple[Any, ...]) -> tuple[Args, tuple[Any, ...], str | None]:
         """The torch op's arguments as tensors, options and backend; lists become hashable."""
         count = len(self.tensors)
-        options = tuple(
-            tuple(value) if isinstance(value, list) else value for value in values[count:-1]
-        )
+        options = tuple(map(hashable, values[count:-1]))
         return values[:count], options, values[-1]

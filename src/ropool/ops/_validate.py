@@ -3,8 +3,8 @@ mismatch can name both arguments; nothing here reads a tensor's data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -81,6 +81,10 @@ class Checker:
         """Check rank, sizes, dtype, device and that the last dimension is contiguous; `written`
         tensors must not overlap themselves."""
         self._on_device(name, tensor)
+        if tensor.is_neg():
+            self.fail(
+                f"{name} is a lazily negated view, expected plain memory: tensor.resolve_neg()"
+            )
         if tensor.dim() != len(dims):
             self.fail(f"{name} must be [{', '.join(dims)}], got shape {list(tensor.shape)}")
         self.dtype(name, tensor, dtypes)
@@ -179,7 +183,7 @@ class Checker:
             self.tensor(name, weight, ("D",), dict.fromkeys((torch.float32, *model)))
 
     def norm_eps(self, eps: float) -> None:
-        if not isinstance(eps, int | float) or not 0 <= eps < float("inf"):
+        if not 0 <= eps < float("inf"):
             self.fail(f"norm_eps is {eps!r}, expected a finite number of at least 0")
 
     def scale(
@@ -212,10 +216,6 @@ class Checker:
         self.tensor("slot_mapping", slot_mapping, ("T",), INDEX_DTYPES)
         if window_slot_map is not None:
             self.tensor("window_slot_map", window_slot_map, ("N",), INDEX_DTYPES)
-        if options.padding_slot is not None and not isinstance(options.padding_slot, int):
-            self.fail(
-                f"padding_slot is {options.padding_slot!r}, expected an int or None", TypeError
-            )
 
     def kv_pool(
         self, layout: KVLayout, k_pool: Tensor, v_pool: Tensor, model: tuple[torch.dtype]
@@ -273,6 +273,34 @@ class Checker:
             self.fail(f"pool has rows of {width}, k_nope and k_rope have {latent} + {rope} dims")
         self.scale("scale", scale, None, "pool", pool.dtype)
         return "model" if pool.dtype in MODEL_DTYPES else "fp8"
+
+
+_FLAG = ("a bool", lambda value: isinstance(value, bool))
+_OPTION_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "interleaved": _FLAG,
+    "mrope_interleaved": _FLAG,
+    "write_k": _FLAG,
+    "layout": ("a str", lambda value: isinstance(value, str)),
+    "backend": ("a str or None", lambda value: value is None or isinstance(value, str)),
+    "norm_eps": ("a number", lambda value: isinstance(value, int | float)),
+    "padding_slot": (
+        "a 64-bit int or None",
+        lambda value: value is None or (isinstance(value, int) and -(2**63) <= value < 2**63),
+    ),
+    "mrope_section": (
+        "3 ints or None",
+        lambda value: (
+            value is None
+            or (isinstance(value, tuple) and all(isinstance(part, int) for part in value))
+        ),
+    ),
+}
+
+
+def wrong_option(name: str, value: object) -> str | None:
+    """What option `name` may be, when `value` is of another type."""
+    expected, fits = _OPTION_TYPES[name]
+    return None if fits(value) else expected
 
 
 def scale_kind(scale: Tensor | None) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args
 from ropool.ops._check import check_positions
-from ropool.ops._op import Op
+from ropool.ops._op import Op, hashable
 from ropool.ops._validate import Checker, dtype_name, optional_dtype
 
 _ARGUMENTS = """Tensor cos_sin_cache, Tensor positions, Tensor? offsets, bool interleaved, int[]?
@@ -58,7 +58,7 @@ def rope_(
     args = (q, k, cos_sin_cache, positions, offsets)
     options = (
         interleaved,
-        None if mrope_section is None else tuple(mrope_section),
+        hashable(mrope_section),
         mrope_interleaved,
     )
     OP(args, options, backend)

@@ -10,7 +10,7 @@ from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args
 from ropool.layouts import KVLayout
 from ropool.ops._check import check_positions, check_slots
-from ropool.ops._op import OVERLOADS, Op
+from ropool.ops._op import OVERLOADS, Op, hashable, overload_of
 from ropool.ops._validate import Checker, dtype_name, optional_dtype, pool_slots, scale_kind
 
 _SCHEMA = """(Tensor{q} q, Tensor{k} k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor
@@ -125,13 +125,13 @@ def rope_store_kv_(
     options = (
         layout,
         interleaved,
-        None if mrope_section is None else tuple(mrope_section),
+        hashable(mrope_section),
         mrope_interleaved,
         norm_eps,
         write_k,
         padding_slot,
     )
-    OP(args, options, backend, OVERLOADS[write_k, q_out is not None])
+    OP(args, options, backend, overload_of(write_k, q_out))
 
 
 def _key(args: Args, options: Options) -> Key:

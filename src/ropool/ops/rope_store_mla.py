@@ -9,7 +9,7 @@ from torch import Tensor
 from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args
 from ropool.ops._check import check_positions, check_slots
-from ropool.ops._op import OVERLOADS, Op
+from ropool.ops._op import OVERLOADS, Op, hashable, overload_of
 from ropool.ops._validate import Checker, dtype_name, optional_dtype, scale_kind
 
 _SCHEMA = """(Tensor{q} q_rope, Tensor k_nope, Tensor{k} k_rope, Tensor(a!) pool, Tensor
@@ -99,9 +99,9 @@ def rope_store_mla_(
         q_scale,
         window_slot_map,
     )
-    section = None if mrope_section is None else tuple(mrope_section)
+    section = hashable(mrope_section)
     options = (interleaved, section, mrope_interleaved, write_k, padding_slot)
-    OP(args, options, backend, OVERLOADS[write_k, q_out is not None])
+    OP(args, options, backend, overload_of(write_k, q_out))
 
 
 def _key(args: Args, options: Options) -> Key:
