@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ BACKENDS = [
 if os.environ.get("TRITON_INTERPRET") == "1":
     # Many times slower than the others, so the whole suite runs only where that was asked for.
     BACKENDS.append(Backend("triton", "cpu"))
+if torch.cuda.is_available():
+    BACKENDS.append(Backend("cuda", "cuda"))
 
 
 def required_backends() -> set[str]:

@@ -14,6 +14,7 @@ import torch
 import ropool
 from ops.backend import Backend
 from ops.calls import Case, arguments, check_args
+from ops.memory import placed
 from oracle.compare import storage_bytes, tensors_of
 from ropool.dispatch import settings
 
@@ -29,6 +30,7 @@ def checks_on() -> Iterator[None]:
 
 def assert_index_error(op: str, args: dict[str, Any], backend: Backend, *numbers: int) -> None:
     """IndexError with the op and each of `numbers` (token, value, limit); nothing written."""
+    args = placed(args, backend.device)
     before = {name: storage_bytes(tensor).clone() for name, tensor in tensors_of(args).items()}
     with pytest.raises(IndexError) as caught:
         getattr(ropool, op)(**args, backend=backend.name)

@@ -188,11 +188,12 @@ def test_compiles_with_inductor(backend: Backend) -> None:
 
     table = torch.stack([torch.cos(torch.arange(9.0)), torch.sin(torch.arange(9.0))], 1)
     rest = [table, torch.tensor([1, 2, 8]), torch.tensor([9, 3, -1], dtype=torch.int32)]
-    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    rest = [tensor.to(backend.device) for tensor in rest]
+    x = torch.randn(3, 64, dtype=torch.bfloat16).to(backend.device)
     torch._dynamo.reset()
     results = []
     for run in (block, torch.compile(block, fullgraph=True, dynamic=True)):
-        pools = [torch.zeros(4, 4, 1, 16, dtype=torch.bfloat16) for _ in range(2)]
+        pools = [torch.zeros(4, 4, 1, 16, dtype=x.dtype, device=x.device) for _ in range(2)]
         results.append([*run(x, pools, rest), *pools])
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(eager, compiled, rtol=0, atol=0)
