@@ -69,7 +69,7 @@ public:
     }
 
 private:
-    static constexpr int kSpins = 4000;
+    static constexpr int kSpins = 1000;  // some tens of microseconds: short of a scheduler's notice
 
     bool start_worker() {
         try {
