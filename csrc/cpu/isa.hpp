@@ -14,8 +14,8 @@ struct IsaReport {
     std::string chosen;
 };
 
-// Picks the best available instruction set, or the one that ROPOOL_CPU_ISA names. Throws std::invalid_argument, with what
-// can be chosen, when that one is unknown or not available.
+// Picks the best available instruction set, or the one that ROPOOL_CPU_ISA names. Throws std::invalid_argument, with
+// what can be chosen, when that one is unknown or not available.
 const IsaReport& isa_report();
 const Kernels& kernels();
 

@@ -25,8 +25,8 @@ struct Heads {
 };
 using HeadsFn = void (*)(const Heads&);
 
-// One cos/sin row as float32, in the order in which the heads of a model dtype read it. rows[1], rows[2] and the masks are read only if `mask1` is not null: lanes whose mask is
-// all ones come from that row.
+// One cos/sin row as float32, in the order in which the heads of a model dtype read it. rows[1], rows[2] and the masks
+// are read only if `mask1` is not null: lanes whose mask is all ones come from that row.
 struct TableRow {
     const std::byte* rows[3];
     const std::uint32_t* mask1;

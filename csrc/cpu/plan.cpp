@@ -10,7 +10,7 @@ namespace {
 
 // Bytes moved below which one thread is faster than waking another, the bytes of a piece of work, and the bytes
 // written to the pool above which they would only push other data out of the caches. Measured; see the benchmarks.
-constexpr std::int64_t kThreadedBytes = 256 * 1024;
+constexpr std::int64_t kThreadedBytes = 512 * 1024;
 constexpr std::int64_t kPieceBytes = 128 * 1024;
 constexpr std::int64_t kStreamBytes = 512 * 1024;
 

@@ -147,7 +147,8 @@ private:
         if (call_.v.heads > 0) announce_row(call_.v_pool, at_.v_pool, slot, call_.v, stream_v_);
     }
 
-    static void announce_row(const Plane& plane, const std::byte* base, std::int64_t slot, const Rows& rows, bool stream) {
+    static void announce_row(const Plane& plane, const std::byte* base, std::int64_t slot, const Rows& rows,
+                             bool stream) {
         if (plane.dim_group < rows.dim) return;
         const std::byte* row = base + slot_offset(plane, slot);
         std::int64_t bytes = rows.dim * size_of(plane.dtype);
