@@ -74,6 +74,8 @@ class Workload:
         table = _table(o.get("rotary") or self._dim())
         positions = torch.randint(0, TABLE_ROWS, (T,), device="cuda")
         mapping = torch.randperm(slots, device="cuda")[:T]
+        if o.get("slots") == "ordered":
+            mapping = torch.arange(T, device="cuda")
         if "mla" in self.op:
             hq, L, R = map(int, self.heads.split("x"))
             row = torch.randn(T, L + R, device="cuda", dtype=MODEL)

@@ -12,14 +12,22 @@ import torch
 from torch import Tensor
 
 from ropool.backends.cuda import compile, driver
-from ropool.backends.cuda.prelude import prelude, scalars
-from ropool.backends.cuda.specialise import Call, Describer, kv_planes, mla_planes, power_of_2
+from ropool.backends.cuda.prelude import prelude
+from ropool.backends.cuda.specialise import (
+    VECTOR_BYTES,
+    Call,
+    Describer,
+    kv_planes,
+    mla_planes,
+    power_of_2,
+)
 from ropool.backends.cuda.tune import Grid, Shape, grid_of, shape_of
 from ropool.dispatch.key import Key, Options
 
 Args = tuple[Tensor | None, ...]
 Launch = Callable[[Args], None]
-Describe = Callable[[Callable[[str], int]], Call]
+Names = tuple[tuple[str, ...], ...]
+"""The kernel's names for each of an op's tensors; a tensor may have two roles."""
 
 _functions: dict[tuple[str, int], tuple[Any, int]] = {}
 """(source, device) -> the kernel, which keeps its module loaded, and its function."""
@@ -28,92 +36,44 @@ _VECTORS = frozenset(("q", "k", "v", "k_pool", "v_pool", "table", "q_norm", "k_n
 """Pointers that are accessed in vectors; the others need no more than their element's alignment."""
 
 
-def rope_(key: Key, args: Args, options: Options) -> Launch:
-    """Bind `rope_`."""
-    names = (("q",), ("k",), ("table",), ("positions",), ("offsets",))
+def _names(text: str) -> Names:
+    return tuple(tuple(names.split("+")) for names in text.split())
 
-    def describe(align: Callable[[str], int]) -> Call:
-        describer = Describer(key, names, args, align)
+
+ARGUMENTS = {
+    "rope_": _names("q k table positions offsets"),
+    "rope_store_kv_": _names(
+        "q k v k_pool v_pool table positions slots offsets q_norm k_norm k_scale v_scale q_out "
+        "q_scale window"
+    ),
+    "store_kv_": _names("k v k_pool v_pool slots k_scale v_scale window"),
+    "store_mla_": _names("v k v_pool+k_pool slots v_scale+k_scale window"),
+    "rope_store_mla_": _names(
+        "q v k v_pool+k_pool table positions slots offsets v_scale+k_scale q_out q_scale window"
+    ),
+}
+
+
+def describe(key: Key, args: Args, options: Options, align: Callable[[str], int]) -> Call:
+    """What a call of `key.op` needs of the kernel, when `align(name)` divides the addresses."""
+    describer = Describer(key, ARGUMENTS[key.op], args, align)
+    if key.rotary_dim:
         describer.rotation(options)
         describer.queries(key.heads_q, key.head_dim, key.rotary_dim)
+        describer.constants(WRITE_K=options.write_k or key.op == "rope_")
+    if key.latent_dim:
+        mla_planes(describer)
+    elif key.op == "rope_":
         describer.keys_and_values(key.heads_kv, key.head_dim, key.rotary_dim, 0, 1)
-        describer.constants(WRITE_K=1)
-        return describer.call
-
-    return _bind(describe, args)
-
-
-def rope_store_kv_(key: Key, args: Args, options: Options) -> Launch:
-    """Bind `rope_store_kv_`."""
-    names = [
-        *(("q",), ("k",), ("v",), ("k_pool",), ("v_pool",), ("table",), ("positions",)),
-        *(("slots",), ("offsets",), ("q_norm",), ("k_norm",), ("k_scale",), ("v_scale",)),
-        *(("q_out",), ("q_scale",), ("window",)),
-    ]
-
-    def describe(align: Callable[[str], int]) -> Call:
-        describer = Describer(key, names, args, align)
-        describer.rotation(options)
-        describer.queries(key.heads_q, key.head_dim, key.rotary_dim)
+    else:
         describer.keys_and_values(
             key.heads_kv, key.head_dim, key.rotary_dim, key.heads_kv, key.v_head_dim
         )
         kv_planes(describer, options)
-        describer.slots(options)
         describer.norm_eps(options.norm_eps)
-        describer.constants(WRITE_K=options.write_k)
-        return describer.call
-
-    return _bind(describe, args)
-
-
-def store_kv_(key: Key, args: Args, options: Options) -> Launch:
-    """Bind `store_kv_`."""
-    names = [
-        *(("k",), ("v",), ("k_pool",), ("v_pool",), ("slots",), ("k_scale",), ("v_scale",)),
-        ("window",),
-    ]
-
-    def describe(align: Callable[[str], int]) -> Call:
-        describer = Describer(key, names, args, align)
-        describer.keys_and_values(key.heads_kv, key.head_dim, 0, key.heads_kv, key.v_head_dim)
-        kv_planes(describer, options)
+    if key.slot_dtype is not None:
         describer.slots(options)
-        return describer.call
-
-    return _bind(describe, args)
-
-
-def store_mla_(key: Key, args: Args, options: Options) -> Launch:
-    """Bind `store_mla_`."""
-    names = (("v",), ("k",), ("v_pool", "k_pool"), ("slots",), ("v_scale", "k_scale"), ("window",))
-
-    def describe(align: Callable[[str], int]) -> Call:
-        describer = Describer(key, names, args, align)
-        mla_planes(describer)
-        describer.slots(options)
-        return describer.call
-
-    return _bind(describe, args)
-
-
-def rope_store_mla_(key: Key, args: Args, options: Options) -> Launch:
-    """Bind `rope_store_mla_`."""
-    names = [
-        *(("q",), ("v",), ("k",), ("v_pool", "k_pool"), ("table",), ("positions",), ("slots",)),
-        *(("offsets",), ("v_scale", "k_scale"), ("q_out",), ("q_scale",), ("window",)),
-    ]
-
-    def describe(align: Callable[[str], int]) -> Call:
-        describer = Describer(key, names, args, align)
-        describer.rotation(options)
-        describer.queries(key.heads_q, key.head_dim, key.rotary_dim)
-        mla_planes(describer)
-        describer.slots(options)
-        describer.constants(WRITE_K=options.write_k)
-        return describer.call
-
-    return _bind(describe, args)
+    return describer.call
 
 
 def source_of(call: Call, shape: Shape, grid: Grid) -> str:
@@ -144,18 +104,27 @@ def _launcher(call: Call, device: int) -> driver.Launcher:
     return driver.Launcher(
         found[1],
         device,
-        grid.total,
+        grid.blocks,
         shape.threads,
         len(call.pointers),
-        list(scalars(call, grid).values()),
+        list(call.scalars.values()),
         shape.dependent,
     )
 
 
-def _bind(describe: Describe, args: Args) -> Launch:
-    first = next(tensor for tensor in args if tensor is not None)
+def bind(key: Key, args: Args, options: Options) -> Launch:
+    """Bind any of the five ops."""
+    first = args[0]
+    assert first is not None
     device = first.device.index
-    aligned = describe(lambda _: 16)
+    # A launch outlives the tensors of its first call.
+    shapes = tuple(
+        tensor
+        if tensor is None
+        else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        for tensor in args
+    )
+    aligned = describe(key, shapes, options, lambda _: VECTOR_BYTES)
     if aligned.scalars.get("max_position", 1) == 0:
         return lambda args: None  # every position is outside of an empty table
     tensors_of = itemgetter(*(index for _, index in aligned.pointers))
@@ -168,12 +137,12 @@ def _bind(describe: Describe, args: Args) -> Launch:
             return _launcher(aligned, device)
         names = [aligned.pointers[at][0] for at in vectors]
         known = dict(zip(names, alignments, strict=True))
-        return _launcher(describe(known.__getitem__), device)
+        return _launcher(describe(key, shapes, options, known.__getitem__), device)
 
     def launch(args: Args) -> None:
         addresses = [tensor.data_ptr() for tensor in tensors_of(args)]
-        bits = functools.reduce(or_, vectors_of(addresses))
-        alignments = () if not bits & 15 else tuple(map(power_of_2, vectors_of(addresses)))
+        low_bits = functools.reduce(or_, vectors_of(addresses)) % VECTOR_BYTES
+        alignments = tuple(map(power_of_2, vectors_of(addresses))) if low_bits else ()
         launcher = launchers.get(alignments)
         if launcher is None:
             launcher = launchers[alignments] = launcher_for(alignments)

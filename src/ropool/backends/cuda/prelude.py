@@ -6,7 +6,7 @@ from ropool.backends.cuda.specialise import POINTERS, SCALARS, Call
 from ropool.backends.cuda.tune import Grid, Shape
 
 _INTEGERS = {
-    **dict.fromkeys(("HQ", "HK", "HV", "MERGED", "STORE", "WRITE_K", "TILES"), 0),
+    **dict.fromkeys(("HQ", "HK", "HV", "MERGED", "JOINED", "STORE", "WRITE_K", "TILES"), 0),
     **dict.fromkeys(("Q_OUT", "Q_NORM", "K_NORM", "Q_SCALE", "K_SCALE", "V_SCALE"), 0),
     **dict.fromkeys(("HAS_OFFSETS", "HAS_WINDOW", "INTERLEAVED"), 0),
     **dict.fromkeys(("MROPE", "SECTION_T", "SECTION_H", "SECTION_W"), 0),
@@ -15,7 +15,8 @@ _INTEGERS = {
     **dict.fromkeys(("K_NORM_WIDTH", "Q_OUT_ALIGN", "K_POOL_ALIGN", "V_POOL_ALIGN"), 1),
     **dict.fromkeys(("PAGE", "K_ROW_GROUP", "V_ROW_GROUP"), 1),
     **{f"{kind}_{what}": 1 for kind in "QKV" for what in ("UNITS", "TEAM", "LANES")},
-    **dict.fromkeys(("UQ", "UK", "UV"), 1),
+    **dict.fromkeys(("UQ", "UK", "UV", "GROUP"), 1),
+    **dict.fromkeys(("K_BLOCKS", "V_BLOCKS", "Q_BLOCKS"), 0),
     "R": 0,
 }
 _FORMATS = {
@@ -28,20 +29,16 @@ def prelude(call: Call, shape: Shape, grid: Grid) -> str:
     """The text that stands between `memory.cuh` and the kernel."""
     integers = _INTEGERS | call.integers
     integers |= {"D": call.key.head_dim, "R": call.key.rotary_dim}
-    integers |= {"THREADS": shape.threads, "EARLY": int(shape.early), **grid.constants}
+    integers |= {"THREADS": shape.threads, **grid.constants}
+    integers |= {"EARLY": int(shape.early), "KEEP_TABLE": int(not shape.early)}
     lines = [f"#define PDL {int(shape.dependent)}"]
     lines += [f"constexpr int {name} = {value};" for name, value in sorted(integers.items())]
     formats = _FORMATS | call.formats
     lines += [f"using {name} = {value};" for name, value in sorted(formats.items())]
     present = [name for name, _ in call.pointers]
     lines += ["struct Params {", *(f"  char* {name};" for name in present)]
-    lines += [f"  i64 {name};" for name in scalars(call, grid)]
+    lines += [f"  i64 {name};" for name in call.scalars]
     lines += [f"  static constexpr char* {n} = nullptr;" for n in POINTERS if n not in present]
     lines += [f"  static constexpr i64 {n} = 0;" for n in SCALARS if n not in call.scalars]
     lines.append("};\n")
     return "\n".join(lines)
-
-
-def scalars(call: Call, grid: Grid) -> dict[str, int]:
-    """The integers of `Params`, behind the pointers, in order."""
-    return call.scalars | {"k_blocks": grid.blocks["k"], "v_blocks": grid.blocks["v"]}

@@ -29,7 +29,7 @@ _FORMATS = {
     "float8_e5m2": "E5m2",
 }
 _INTEGERS = {"int32": "int", "int64": "i64"}
-_SIZES = {"F32": 4, "F16": 2, "Bf16": 2, "E4m3": 1, "E5m2": 1}
+SIZES = {"F32": 4, "F16": 2, "Bf16": 2, "E4m3": 1, "E5m2": 1}
 _SCALES = {None: 0, "tensor": 1, "head": 2}
 
 POINTERS = (
@@ -112,7 +112,7 @@ class Describer:
                 self.call.pointers.append((name, index))
         self.call.scalars["tokens"] = self.call.tokens
         self.call.formats["Model"] = _FORMATS[key.dtype]
-        self.size = _SIZES[_FORMATS[key.dtype]]
+        self.size = SIZES[_FORMATS[key.dtype]]
 
     def constants(self, **values: int | bool) -> None:
         self.call.integers.update({name: int(value) for name, value in values.items()})
@@ -162,7 +162,9 @@ class Describer:
         if v_head:
             self.call.scalars["v_head"] = head = v_head
         v_width = _row_width(self.size, self.align("v"), v_dims, 0, (token, head))
-        merged = dims == v_dims and heads_k == heads_v
+        # One thread for a key and its value saves a second look at position and slot; plain copies
+        # are faster apart.
+        merged = rotary > 0 and dims == v_dims and heads_k == heads_v
         if merged:
             k_width = v_width = min(k_width, v_width)
         self.constants(MERGED=merged, VK=k_width, VV=v_width)
@@ -271,3 +273,7 @@ def mla_planes(describer: Describer) -> None:
     describer.keys_and_values(1, rope, key.rotary_dim, 1, latent)
     describer.plane("v", view(1, 0, latent), _format(pool), size)
     describer.plane("k", view(1, 0, rope), _format(pool), size, latent * size)
+    given = describer.call.integers
+    if key.rotary_dim == 0 and key.row_format == "model":
+        width = min(given["VK"], given["VV"])
+        describer.constants(JOINED=1, MERGED=0, VK=width, VV=width)

@@ -1,21 +1,30 @@
-"""How a kernel's work is laid over threads and blocks: few rows a thread while the GPU is not full,
-then more, so that a thread has more loads in flight for each cos/sin row that it reads."""
+"""How a kernel's work is laid over threads and blocks.
+
+A call that moves little is bound by latency: its blocks are small, and it prefetches before the
+previous kernel has ended. A call that moves much is bound by bandwidth.
+"""
 
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ropool.backends.cuda.specialise import Call
+from ropool.backends.cuda.specialise import SIZES, Call
 
 WARP = 32
+EARLY_BYTES = 18 << 20
+"""Up to this many bytes read and written, prefetching pays (measured on an H200: faster at 12.6 and
+17.6 MB, slower at 18.9 MB and beyond)."""
+SHORT_ROW_BYTES = 128
+LARGEST_GROUP = 64
+GROUP_WASTE = 1.05
+"""A group of tokens is as small as can be with no more than this times the fewest blocks."""
 
 
 class Shape(NamedTuple):
     """`*_rows`: rows of a token that one thread takes. `dependent`: launched so that it may start
-    while the kernel before it drains."""
+    while the kernel before it drains; `early`: it then prefetches while it waits."""
 
     q_rows: int
     k_rows: int
@@ -27,57 +36,74 @@ class Shape(NamedTuple):
 
 def shape_of(call: Call, arch: str) -> Shape:
     """The layout for a call on `arch` (such as `sm_90`)."""
+    key, given = call.key, call.integers
+    size = SIZES[call.formats["Model"]]
+    row = key.head_dim * size
+    rows = given.get("HQ", 0) + given.get("HK", 0)
+    moved = 2 * call.tokens * (rows * row + given.get("HV", 0) * given.get("DV", 0) * size)
     dependent = int(arch.removeprefix("sm_").rstrip("af")) >= 90
-    forced = os.environ.get("ROPOOL_CUDA_SHAPE")
-    if forced:
-        q, k, v, threads, pdl, early = map(int, forced.split(","))
-        return Shape(q, k, v, threads, bool(pdl), bool(early))
-    return Shape(1, 1, 1, 256, dependent, dependent)
+    early = dependent and moved <= EARLY_BYTES
+    q_rows = 2 if early or row > SHORT_ROW_BYTES else 1
+    return Shape(q_rows, 1, 1, 64 if early else 128, dependent, early)
 
 
 @dataclass
 class Grid:
-    """Blocks of a launch by kind of row, and the constants by which a block finds its work."""
+    """Blocks of a launch, and the constants by which a block finds its work: each group of tokens
+    has so many blocks for keys, for values and for queries."""
 
-    blocks: dict[str, int] = field(default_factory=lambda: {"k": 0, "v": 0, "q": 0})
+    blocks: int = 0
     constants: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def total(self) -> int:
-        return sum(self.blocks.values())
 
 
 def grid_of(call: Call, shape: Shape) -> Grid:
     """Deal the work of a call out to blocks."""
     key, given = call.key, call.integers
-    grid = Grid()
+    constants: dict[str, int] = {}
+    per_token: dict[str, int] = {}
 
     def add(kind: str, heads: int, rows: int, units: int, together: bool) -> None:
         # Rows that are reduced over their threads need a team of lanes within one warp.
         team = min(WARP, 1 << (units - 1).bit_length()) if together else units
+        rows = min(rows, heads)
         lanes = math.ceil(heads / rows)
-        prefix = kind.upper()
-        grid.constants |= {f"U{prefix}": rows, f"{prefix}_UNITS": units}
-        grid.constants |= {f"{prefix}_TEAM": team, f"{prefix}_LANES": lanes}
-        tokens = shape.threads // (team * lanes)
-        if tokens:
-            grid.blocks[kind] = math.ceil(call.tokens / tokens)
-        else:
-            grid.blocks[kind] = call.tokens * math.ceil(team * lanes / shape.threads)
+        constants.update({f"U{kind}": rows, f"{kind}_UNITS": units})
+        constants.update({f"{kind}_TEAM": team, f"{kind}_LANES": lanes})
+        per_token[kind] = team * lanes
 
     half = key.rotary_dim // 2
     stores, normed = given.get("STORE", 0), given.get("K_NORM", 0)
-    if given.get("HK"):
+    if given.get("JOINED"):
+        vectors = (key.latent_dim + key.head_dim) // given["VV"]
+        add("V", 1, 1, math.ceil(vectors / 2), False)
+    elif given.get("HK"):
         units = _units(key.head_dim, half, given["VK"], bool(stores or normed))
-        add("k", given["HK"], min(shape.k_rows, given["HK"]), units, bool(normed))
-    if given.get("HV") and not given["MERGED"]:
+        add("K", given["HK"], shape.k_rows, units, bool(normed))
+    if given.get("HV") and not given["MERGED"] and not given.get("JOINED"):
         units = _units(given["DV"], 0, given["VV"], True)
-        add("v", given["HV"], min(shape.v_rows, given["HV"]), units, bool(given.get("TILES")))
+        add("V", given["HV"], shape.v_rows, units, bool(given.get("TILES")))
     if given.get("HQ"):
         normed = given.get("Q_NORM", 0)
         units = _units(key.head_dim, half, given["VQ"], bool(normed or given.get("Q_OUT")))
-        add("q", given["HQ"], min(shape.q_rows, given["HQ"]), units, bool(normed))
-    return grid
+        add("Q", given["HQ"], shape.q_rows, units, bool(normed))
+
+    def blocks(group: int) -> dict[str, int]:
+        return {kind: _blocks(group, count, shape.threads) for kind, count in per_token.items()}
+
+    cost = {group: sum(blocks(group).values()) / group for group in range(1, LARGEST_GROUP + 1)}
+    least = min(cost.values())
+    group = next(group for group, blocks in cost.items() if blocks <= GROUP_WASTE * least)
+    chosen = blocks(group)
+    constants["GROUP"] = group
+    constants |= {f"{kind}_BLOCKS": count for kind, count in chosen.items()}
+    return Grid(math.ceil(call.tokens / group) * sum(chosen.values()), constants)
+
+
+def _blocks(group: int, per_token: int, threads: int) -> int:
+    """Blocks that serve one kind of rows of `group` tokens; a block serves whole tokens if it
+    can."""
+    tokens = threads // per_token
+    return math.ceil(group / tokens) if tokens else group * math.ceil(per_token / threads)
 
 
 def _units(dims: int, half: int, width: int, whole: bool) -> int:

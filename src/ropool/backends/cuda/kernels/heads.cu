@@ -2,8 +2,9 @@
 // of an MLA row), a row into units of two vectors of V elements: with neox pairs the two halves of V
 // pairs, so that a thread holds both ends of every rotation. A thread takes one unit of several rows of
 // a token: it issues the loads of all of them, and the reads of position and slot, before the first
-// use, and reads the unit's cos/sin once for all its rows. Blocks are dealt out to kinds of rows: first
-// those of keys and values, then those of queries.
+// use, and reads the unit's cos/sin once for all its rows. A block serves one kind of rows (queries,
+// keys, values) of a few tokens; the blocks of a group of tokens are neighbours, so that they share the
+// cos/sin rows while these are in L2.
 //
 // Byte floor: each query read and written, each key and value read, each pool row written, once. The
 // cos/sin rows come from L1 and L2 after the first unit that needs them.
@@ -33,21 +34,25 @@ struct Item {
   bool active;
 };
 
-template <int TEAM, int LANES> DEVICE Item item_of(const Params& p, u32 block) {
+// The work of a thread in block `block` of those that serve one kind of rows of `GROUP` tokens from
+// `first` on.
+template <int TEAM, int LANES> DEVICE Item item_of(const Params& p, i64 first, int block) {
   constexpr int per_token = TEAM * LANES;
-  Item item;
-  int index;
+  int token, index;
   if constexpr (per_token <= THREADS) {
     constexpr int tokens = THREADS / per_token;
-    item.token = i64(block) * tokens + threadIdx.x / per_token;
+    token = block * tokens + threadIdx.x / per_token;
     index = threadIdx.x % per_token;
-    item.active = threadIdx.x < tokens * per_token && item.token < p.tokens;
+    if (threadIdx.x >= tokens * per_token) token = GROUP;
   } else {
     constexpr int blocks = ceil_div(per_token, THREADS);
-    item.token = block / blocks;
+    token = block / blocks;
     index = block % blocks * THREADS + threadIdx.x;
-    item.active = index < per_token;
+    if (index >= per_token) token = GROUP;
   }
+  Item item;
+  item.token = first + token;
+  item.active = token < GROUP && item.token < p.tokens;
   item.unit = index % TEAM;
   item.lane = index / TEAM;
   return item;
@@ -129,21 +134,21 @@ template <int N> DEVICE void load_angles(const Params& p, const Place& place, in
   for (int s = 0; s < STREAMS; ++s)
     row[s] = p.table + ((place.valid ? place.row[s] : 0) * p.table_row + at) * Table::size;
   if constexpr (!MROPE) {
-    load_floats<Table, N, width>(row[0], cos);
-    load_floats<Table, N, width>(row[0] + R / 2 * Table::size, sin);
+    load_floats<Table, N, width, KEEP_TABLE>(row[0], cos);
+    load_floats<Table, N, width, KEEP_TABLE>(row[0] + R / 2 * Table::size, sin);
   } else if constexpr (MROPE == 1 && SECTION_T % N == 0 && SECTION_H % N == 0) {
     // Sections of whole vectors: each comes from one row.
     const int s = stream_of(at);
     const char* from = s == 0 ? row[0] : s == 1 ? row[1] : row[2];
-    load_floats<Table, N, width>(from, cos);
-    load_floats<Table, N, width>(from + R / 2 * Table::size, sin);
+    load_floats<Table, N, width, KEEP_TABLE>(from, cos);
+    load_floats<Table, N, width, KEEP_TABLE>(from + R / 2 * Table::size, sin);
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const int s = stream_of(at + i);
       const char* from = (s == 0 ? row[0] : s == 1 ? row[1] : row[2]) + i * Table::size;
-      load_floats<Table, 1, 1>(from, cos + i);
-      load_floats<Table, 1, 1>(from + R / 2 * Table::size, sin + i);
+      load_floats<Table, 1, 1, KEEP_TABLE>(from, cos + i);
+      load_floats<Table, 1, 1, KEEP_TABLE>(from + R / 2 * Table::size, sin + i);
     }
   }
 }
@@ -335,9 +340,9 @@ DEVICE void store_value(const Params& p, i64 slot, int head, int unit, const u32
 
 using QCut = Cut<D, R, VQ>;
 
-template <int V = VQ> DEVICE void run_queries(const Params& p, u32 block) {
+template <int V = VQ> DEVICE void run_queries(const Params& p, i64 first, int block) {
   constexpr int columns = ceil_div(Q_UNITS, Q_TEAM);
-  const Item item = item_of<Q_TEAM, Q_LANES>(p, block);
+  const Item item = item_of<Q_TEAM, Q_LANES>(p, first, block);
   if (!Q_NORM && !item.active) return;
   char* rows = p.q + (item.token * p.q_token + item.lane * p.q_head) * Model::size;
 
@@ -451,10 +456,10 @@ template <int V = VQ> DEVICE void run_queries(const Params& p, u32 block) {
 // Keys and values of the same width share their threads, and so one look at the slot.
 using KCut = Cut<D, R, VK>;
 
-template <int V = VK> DEVICE void run_keys(const Params& p, u32 block) {
+template <int V = VK> DEVICE void run_keys(const Params& p, i64 first, int block) {
   constexpr int columns = ceil_div(K_UNITS, K_TEAM);
   constexpr int value_rows = MERGED ? UK : 1;
-  const Item item = item_of<K_TEAM, K_LANES>(p, block);
+  const Item item = item_of<K_TEAM, K_LANES>(p, first, block);
   if (!K_NORM && !item.active) return;
   char* rows = p.k + (item.token * p.k_token + item.lane * p.k_head) * Model::size;
   char* value_rows_at = p.v + (item.token * p.v_token + item.lane * p.v_head) * Model::size;
@@ -598,9 +603,9 @@ template <int V = VK> DEVICE void run_keys(const Params& p, u32 block) {
 
 using VCut = Cut<DV, 0, VV>;
 
-template <int V = VV> DEVICE void run_values(const Params& p, u32 block) {
+template <int V = VV> DEVICE void run_values(const Params& p, i64 first, int block) {
   constexpr int columns = ceil_div(V_UNITS, V_TEAM);
-  const Item item = item_of<V_TEAM, V_LANES>(p, block);
+  const Item item = item_of<V_TEAM, V_LANES>(p, first, block);
   if (!TILES && !item.active) return;
   const char* rows = p.v + (item.token * p.v_token + item.lane * p.v_head) * Model::size;
   if constexpr (EARLY) {
@@ -674,18 +679,53 @@ template <int V = VV> DEVICE void run_values(const Params& p, u32 block) {
   }
 }
 
+// ---- rows of two parts ------------------------------------------------------------------------------
+
+// An MLA row that is stored as it came: the latent part and the rope part are copied by one team, so
+// that a row is written at once.
+template <int V = VV> DEVICE void run_rows(const Params& p, i64 first, int block) {
+  constexpr int bytes = V * Model::size, latent = DV / V, vectors = (DV + D) / V;
+  const Item item = item_of<V_TEAM, 1>(p, first, block);
+  if (!item.active) return;
+  const char* source[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int at = item.unit + half * V_TEAM;
+    source[half] = at < latent ? p.v + item.token * p.v_token * Model::size + at * bytes
+                               : p.k + item.token * p.k_token * Model::size + (at - latent) * bytes;
+  }
+  const bool both = vectors % 2 == 0 || item.unit + V_TEAM < vectors;
+  if constexpr (EARLY) {
+    prefetch_slot(p, item.token);
+    prefetch(source[0]);
+    if (both) prefetch(source[1]);
+  }
+  wait_for_previous_kernel();
+  const i64 entry = load_index<SlotInt, false>(p.slots, item.token);
+  u32 w[2][words<Model, V>];
+  load_stream<bytes>(source[0], w[0]);
+  if (both) load_stream<bytes>(source[1], w[1]);
+  const i64 slot = slot_of(p, entry);
+  if (slot < 0) return;
+  char* row = value_row(p, slot, 0) + item.unit * bytes;
+  store_bytes<bytes, V_POOL_ALIGN>(row, w[0]);
+  if (both) store_bytes<bytes, V_POOL_ALIGN>(row + V_TEAM * bytes, w[1]);
+}
+
 // ---- the kernel -----------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(THREADS) ropool_kernel(const __grid_constant__ Params p) {
   let_next_kernel_start();
-  u32 block = blockIdx.x;
-  if constexpr (HK > 0) {
-    if (block < p.k_blocks) return run_keys(p, block);
-    block -= p.k_blocks;
+  const i64 first = i64(blockIdx.x / (K_BLOCKS + V_BLOCKS + Q_BLOCKS)) * GROUP;
+  const int block = blockIdx.x % (K_BLOCKS + V_BLOCKS + Q_BLOCKS);
+  if constexpr (HK > 0 && !JOINED) {
+    if (block < K_BLOCKS) return run_keys(p, first, block);
+  }
+  if constexpr (JOINED) {
+    return run_rows(p, first, block);
   }
   if constexpr (HV > 0 && !MERGED) {
-    if (block < p.v_blocks) return run_values(p, block);
-    block -= p.v_blocks;
+    if (block < K_BLOCKS + V_BLOCKS) return run_values(p, first, block - K_BLOCKS);
   }
-  if constexpr (HQ > 0) run_queries(p, block);
+  if constexpr (HQ > 0) run_queries(p, first, block - K_BLOCKS - V_BLOCKS);
 }

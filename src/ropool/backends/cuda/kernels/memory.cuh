@@ -55,8 +55,15 @@ template <int BYTES> DEVICE void load_stream(const char* from, u32* w) {
   }
 }
 
-template <int BYTES> DEVICE void load_cached(const char* from, u32* w) {
-  if constexpr (BYTES == 16) {
+// Loads of what other threads read too. `KEEP` asks L2 to drop it last: the cos/sin rows come back again
+// and again while far more data streams past.
+template <int BYTES, bool KEEP> DEVICE void load_cached(const char* from, u32* w) {
+  if constexpr (BYTES == 16 && KEEP) {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("ld.global.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(from), "l"(policy));
+  } else if constexpr (BYTES == 16) {
     asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(from));
   } else if constexpr (BYTES == 8) {
@@ -70,7 +77,7 @@ template <int BYTES> DEVICE void load_cached(const char* from, u32* w) {
   }
 }
 
-// Write bytes [OFFSET, OFFSET + RUN) of the words `w`, in one access.
+// Write `RUN` bytes from byte `offset` of the words `w` on, in one access.
 template <int RUN> DEVICE void store_run(char* to, const u32* w, int offset) {
   const u32* from = w + offset / 4;
   if constexpr (RUN == 16)
@@ -154,7 +161,7 @@ template <class F> DEVICE u32 narrow_pair(float low, float high) {
   u32 pair = 0;
   if constexpr (same<F, Bf16>) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   else if constexpr (same<F, F16>) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#if __CUDA_ARCH__ >= 890 && !defined(SOFTWARE_FP8)
+#if __CUDA_ARCH__ >= 890 && !defined(ROPOOL_SOFTWARE_FP8)
   else {
     u16 two;
     if constexpr (same<F, E4m3>)
@@ -188,12 +195,12 @@ template <class F, int N> DEVICE void pack(const float* x, u32* w) {
 }
 
 // `N` floats of format `F`, read `WIDTH` elements at a time.
-template <class F, int N, int WIDTH> DEVICE void load_floats(const char* from, float* x) {
+template <class F, int N, int WIDTH, bool KEEP = false> DEVICE void load_floats(const char* from, float* x) {
   constexpr int W = least(N, WIDTH);
 #pragma unroll
   for (int i = 0; i < N; i += W) {
     u32 w[words<F, W>];
-    load_cached<W * F::size>(from + i * F::size, w);
+    load_cached<W * F::size, KEEP>(from + i * F::size, w);
     unpack<F, W>(w, x + i);
   }
 }

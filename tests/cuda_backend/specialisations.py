@@ -1,0 +1,140 @@
+"""Calls that stand for the specialisations of the kernel, and what the compiler made of each."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import torch
+
+from ops.calls import arguments
+from ops.grids import (
+    rope_cases,
+    rope_store_kv_cases,
+    rope_store_mla_cases,
+    store_kv_cases,
+    store_mla_cases,
+)
+from ropool.backends.cuda.launch import describe, source_of
+from ropool.backends.cuda.tune import grid_of, shape_of
+from ropool.dispatch.key import Key, Options
+from ropool.ops import rope, rope_store_kv, rope_store_mla, store_kv, store_mla
+from ropool.ops._op import Op
+
+ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a", "sm_120a"]
+HEADS = ["32x8x128", "64x8x128", "8x1x128", "64x8x64", "40x8x128", "16x16x128", "9x3x64"]
+OPS: dict[str, Op] = {
+    "rope_": rope.OP,
+    "rope_store_kv_": rope_store_kv.OP,
+    "store_kv_": store_kv.OP,
+    "store_mla_": store_mla.OP,
+    "rope_store_mla_": rope_store_mla.OP,
+}
+Bound = tuple[Key, tuple[Any, ...], Options]
+
+
+def bound(op: str, arguments: dict[str, Any]) -> Bound:
+    """What the backend is bound with by a call of `op` with keyword `arguments`."""
+    declared = OPS[op]
+    args = tuple(arguments.get(name) for name in declared.tensors)
+    defaults = Options()._asdict() | {"layout": "NHD"}
+    options = declared._options(
+        tuple(arguments.get(name, defaults[name]) for name in declared.option_names)
+    )
+    return declared._key(args, options), args, options
+
+
+def source(call: Bound, arch: str, align: int = 16) -> str:
+    """The kernel's text when every address is a multiple of `align`."""
+    described = describe(*call, lambda name: align)
+    shape = shape_of(described, arch)
+    return source_of(described, shape, grid_of(described, shape))
+
+
+def grid_calls() -> dict[str, Bound]:
+    """Every case of the op tests' grids."""
+    cases = [
+        *(*rope_cases(), *rope_store_kv_cases(), *store_kv_cases()),
+        *(*store_mla_cases(), *rope_store_mla_cases()),
+    ]
+    return {str(case): bound(case.op, arguments(case)) for case in cases}
+
+
+def model_calls() -> dict[str, Bound]:
+    """The calls that models make, with few tokens and with many."""
+    calls = {}
+    for tokens in (16, 8192):
+        for heads in HEADS:
+            for what in ("bf16", "norm", "fp8"):
+                name = f"rope_store_kv_-{heads}-{what}-{tokens}"
+                calls[name] = bound("rope_store_kv_", _kv(heads, tokens, what))
+        for op, pool in (
+            ("store_mla_", "bfloat16"),
+            ("rope_store_mla_", "bfloat16"),
+            ("rope_store_mla_", "float8_e4m3fn"),
+            ("rope_store_mla_", "uint8"),
+        ):
+            calls[f"{op}-128x512x64-{pool}-{tokens}"] = bound(op, _mla(tokens, pool))
+    return calls
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _kv(heads: str, tokens: int, what: str) -> dict[str, Any]:
+    hq, hk, dim = map(int, heads.split("x"))
+    parts = _empty(tokens, (hq + 2 * hk) * dim).split((hq * dim, hk * dim, hk * dim), dim=1)
+    q, k, v = (part.unflatten(1, (-1, dim)) for part in parts)
+    pool = torch.float8_e4m3fn if what == "fp8" else torch.bfloat16
+    call = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "layout": "slots",
+        **{f"{part}_pool": _empty(64, hk, dim, dtype=pool) for part in "kv"},
+        "cos_sin_cache": _empty(4096, dim, dtype=torch.float32),
+        **{name: _empty(tokens, dtype=torch.int64) for name in ("positions", "slot_mapping")},
+    }
+    if what == "norm":
+        call |= {f"{part}_norm_weight": _empty(dim) for part in "qk"}
+    if what == "fp8":
+        call |= {f"{part}_scale": _empty(1, dtype=torch.float32) for part in "kv"}
+        call["q_out"] = _empty(tokens, hq, dim, dtype=pool)
+    return call
+
+
+def _mla(tokens: int, pool: str) -> dict[str, Any]:
+    return {
+        "q_rope": _empty(tokens, 128, 64),
+        "k_nope": _empty(tokens, 512),
+        "k_rope": _empty(tokens, 64),
+        "pool": _empty(64, 656 if pool == "uint8" else 576, dtype=getattr(torch, pool)),
+        "cos_sin_cache": _empty(4096, 64, dtype=torch.float32),
+        **{name: _empty(tokens, dtype=torch.int64) for name in ("positions", "slot_mapping")},
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """`registers` a thread and `stack` bytes of the one kernel in a cubin, from its ELF notes."""
+    section_at = struct.unpack_from("<Q", cubin, 0x28)[0]
+    size, count, names_index = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [
+        struct.unpack_from("<IIQQQQ", cubin, section_at + index * size) for index in range(count)
+    ]
+    names = sections[names_index][4]
+    found: dict[str, int] = {}
+    for name, _, _, _, offset, length in sections:
+        if cubin[names + name :].split(b"\0", 1)[0] != b".nv.info":
+            continue
+        at, end = offset, offset + length
+        while at + 4 <= end:
+            form, attribute, value = struct.unpack_from("<BBH", cubin, at)
+            at += 4
+            if form != 4:
+                continue
+            if attribute in (0x2F, 0x11):
+                what = "registers" if attribute == 0x2F else "stack"
+                found[what] = struct.unpack_from("<II", cubin, at)[1]
+            at += value
+    return found

@@ -1,0 +1,228 @@
+"""What only a GPU shows: graphs, streams, dependent launches, addresses, memory of real size."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+import ropool
+from ops.backend import Backend
+from ops.calls import Case, arguments, check_args
+from ops.memory import placed
+from oracle import compare, expected
+from ropool.backends import cuda
+from ropool.backends.cuda import launch
+from ropool.dispatch import cache
+
+pytestmark = pytest.mark.skipif(
+    cuda.available() is not None, reason=f"backend cuda: {cuda.available()}"
+)
+CUDA = Backend("cuda", "cuda")
+KV = Case(tokens=6, mistakes=True)
+
+
+def run(op: str, args: dict[str, Any]) -> None:
+    getattr(ropool, op)(**args, backend="cuda")
+
+
+@pytest.fixture
+def cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel is loaded."""
+    monkeypatch.setattr(launch, "_functions", {})
+    cache.clear()
+
+
+@pytest.mark.parametrize("op", launch.ARGUMENTS)
+def test_graph_replays_with_what_stands_in_its_inputs(op: str) -> None:
+    """Positions, slots and padding are changed in place between replays."""
+    case = Case(op=op, tokens=6, mistakes=True, q_out="model" if "store" in op else None)
+    if op in ("store_kv_", "store_mla_"):
+        case = Case(op=op, tokens=6, mistakes=True)
+    args = placed(arguments(case), "cuda")
+    run(op, placed(arguments(case), "cuda"))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(op, args)
+    for seed in (3, 4, 5):
+        fresh = arguments(Case(**{**vars(case), "seed": seed}))
+        for name, tensor in args.items():
+            if isinstance(tensor, torch.Tensor):
+                tensor.copy_(fresh[name])
+        before = placed(args, "cpu")
+        graph.replay()
+        torch.cuda.synchronize()
+        before = {**before, **{k: v for k, v in args.items() if not isinstance(v, torch.Tensor)}}
+        compare(before, args, expected(op, before))
+
+
+def test_cold_kernel_in_a_capture_says_to_warm_up(cold: None) -> None:
+    args = placed(arguments(KV), "cuda")
+    torch.cuda.synchronize()
+    refused = pytest.raises(RuntimeError, match=r"ropool.rope_store_kv_: .* warm up")
+    with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        run("rope_store_kv_", args)
+    torch.cuda.synchronize()
+    check_args("rope_store_kv_", arguments(KV), CUDA)
+
+
+def test_other_stream() -> None:
+    args = arguments(KV)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        after = placed(args, "cuda")
+        torch.cuda._sleep(50_000_000)
+        after["k"].mul_(2)
+        run("rope_store_kv_", after)
+    stream.synchronize()
+    doubled = {**args, "k": args["k"].clone()}
+    doubled["k"] = placed(args, "cpu")["k"].mul_(2)
+    whole = {**placed(args, "cpu")}
+    whole["k"].mul_(2)
+    compare(whole, after, expected("rope_store_kv_", whole))
+
+
+def test_threads_that_never_used_cuda() -> None:
+    args = arguments(KV)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(50):
+                check_args("rope_store_kv_", args, CUDA)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "k_pool", "v_pool", "cos_sin_cache"])
+@pytest.mark.parametrize("shift", [1, 2, 4])
+def test_same_shapes_at_an_odd_address(name: str, shift: int) -> None:
+    """The launch of a signature is reused, though its vectors are too wide for the new address."""
+    case = Case(tokens=5, seed=shift, table_dtype="model")
+    check_args("rope_store_kv_", arguments(case), CUDA)
+    args = arguments(case)
+    tensor = args[name]
+    storage = torch.zeros(tensor.numel() + 64, dtype=tensor.dtype)
+    args[name] = storage.as_strided(tensor.shape, tensor.stride(), 8 + shift)
+    args[name].copy_(tensor)
+    check_args("rope_store_kv_", args, CUDA)
+
+
+def test_a_position_that_the_kernel_before_writes() -> None:
+    """Kernels in a chain start before the one in front has ended and guess the positions; here the
+    one in front writes them, as the values of a pool."""
+    tokens, table_rows = 64, 512
+    generator = torch.Generator("cuda").manual_seed(0)
+    where = torch.randint(
+        0, table_rows, (40, tokens), dtype=torch.int32, device="cuda", generator=generator
+    )
+    angle = torch.arange(table_rows, device="cuda")[:, None] * torch.linspace(1, 0.01, 32).cuda()
+    table = torch.cat((angle.cos(), angle.sin()), dim=1)
+    pool = torch.zeros(2, tokens, 1, 1, device="cuda")
+    positions = pool[1].view(torch.int32).view(tokens)
+    slots = torch.arange(tokens, device="cuda")
+    q = torch.randn(40, tokens, 32, 64, device="cuda", dtype=torch.bfloat16)
+    want = q.clone()
+    bits = where.view(torch.float32).view(40, tokens, 1, 1)
+
+    def chain() -> None:
+        for step in range(40):
+            ropool.store_kv_(bits[step], bits[step], pool[0], pool[1], slots, layout="slots")
+            ropool.rope_(q[step], None, table, positions)
+
+    start = q.clone()
+    chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain()
+    for step in range(40):
+        ropool.rope_(want[step], None, table, where[step], backend="reference")
+    for _ in range(20):
+        q.copy_(start)
+        pool.zero_()
+        graph.replay()
+        torch.testing.assert_close(q, want, rtol=1e-2, atol=1e-2)
+
+
+def test_a_launch_keeps_no_tensor_alive() -> None:
+    args = placed(arguments(Case(tokens=11)), "cuda")
+    run("rope_store_kv_", args)
+    alive = [weakref.ref(value) for value in args.values() if isinstance(value, torch.Tensor)]
+    del args
+    gc.collect()
+    assert not any(ref() is not None for ref in alive)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_pool_past_every_32_bit_limit(dtype: torch.dtype) -> None:
+    """More than 2**32 elements and bytes, really allocated."""
+    if torch.cuda.mem_get_info()[0] < 30 << 30:
+        pytest.skip("needs 30 GiB of GPU memory")
+    heads, dim = 2, 128
+    slots = (1 << 32) // (heads * dim) + 4096
+    pool = torch.zeros(slots, heads, dim, dtype=torch.uint8, device="cuda").view(torch.uint8)
+    pools = [pool.view(dtype)] if dtype.itemsize == 1 else []
+    if not pools:
+        pools = [torch.zeros(slots, heads, dim, dtype=dtype, device="cuda")]
+    k, v = torch.randn(2, 4, heads, dim, device="cuda").to(torch.bfloat16)
+    limits = [1 << 31, 1 << 32]
+    mapping = torch.tensor(
+        [0, limits[0] // (heads * dim), limits[1] // (heads * dim), slots - 1], device="cuda"
+    )
+    ropool.store_kv_(k, v, pools[0], pools[0].clone(), mapping, layout="slots", backend="cuda")
+    got = pools[0].view(torch.uint8)[mapping].view(dtype).float()
+    torch.testing.assert_close(got, k.to(dtype).float(), rtol=0, atol=0)
+    rows = pools[0].view(torch.uint8).flatten(1).any(dim=1)
+    assert int(rows.sum()) == 4
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_software_fp8_is_the_hardwares(
+    dtype: str, monkeypatch: pytest.MonkeyPatch, cold: None
+) -> None:
+    """GPUs before sm_89 round in software; the results are those of the instruction."""
+    every = torch.arange(1 << 16, dtype=torch.int32, device="cuda").to(torch.int16)
+    values = every.view(torch.bfloat16).view(512, 1, 128)
+    more = torch.randn(512, 1, 128, device="cuda").to(torch.bfloat16)
+
+    def stored() -> torch.Tensor:
+        pools = torch.zeros(2, 512, 1, 128, dtype=torch.uint8, device="cuda")
+        slots = torch.arange(512, device="cuda")
+        fp8 = pools.view(getattr(torch, dtype))
+        ropool.store_kv_(values, more, fp8[0], fp8[1], slots, layout="slots", backend="cuda")
+        return pools
+
+    hardware = stored()
+    original = launch.source_of
+    monkeypatch.setattr(
+        launch, "source_of", lambda *args: "#define ROPOOL_SOFTWARE_FP8\n" + original(*args)
+    )
+    cache.clear()
+    software = stored()
+    nan = values.isnan().expand(2, -1, -1, -1).clone()
+    nan[1] = False
+    assert torch.equal(hardware[~nan], software[~nan])
+    assert bool(software.view(getattr(torch, dtype)).float()[nan].isnan().all())
+    cache.clear()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
+def test_two_devices() -> None:
+    for index in (1, 0, 1):
+        args = arguments(KV)
+        after = placed(args, f"cuda:{index}")
+        run("rope_store_kv_", after)
+        torch.cuda.synchronize(index)
+        compare(args, after, expected("rope_store_kv_", args))
