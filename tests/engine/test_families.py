@@ -23,8 +23,8 @@ NEW_TOKENS = 24
 PARAMS = SamplingParams(max_new_tokens=NEW_TOKENS)
 
 TOLERANCE = {
-    # Logits are near 10 in these models. Sums of some hundred products, in another order.
-    torch.float32: {"rtol": 1e-4, "atol": 2e-4},
+    # Logits are near 10 in these models: sums in another order. Up to 3e-4 was seen.
+    torch.float32: {"rtol": 1e-4, "atol": 1e-3},
 }
 
 
@@ -69,7 +69,7 @@ def test_ragged_batches_agree_with_transformers(
     for prompt, request in zip(prompts, requests, strict=True):
         tokens, logits = tiny.greedy(model, prompt, NEW_TOKENS)
         top = logits.topk(2).values
-        assert (top[:, 0] - top[:, 1]).min() > 1e-3, "a tie would make this test a coin toss"
+        assert (top[:, 0] - top[:, 1]).min() > 2e-3, "a tie would make this test a coin toss"
         assert request.output == tokens
         assert request.finish_reason is FinishReason.LENGTH
         got = torch.stack(logits_of[request])

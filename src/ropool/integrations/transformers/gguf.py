@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ropool.errors import RopoolError
@@ -53,6 +53,8 @@ def converted(path: Path, report: Callable[[str], None]) -> Path:
 
 
 def _convert(path: Path, target: Path) -> None:
+    from transformers import GgufConfig  # not in every release that directories load with
+
     if (family := _architecture(path)) is not None:
         require_covered(family)
     bars = logging.is_progress_bar_enabled()
