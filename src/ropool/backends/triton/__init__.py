@@ -26,7 +26,8 @@ def interpreting() -> bool:
 
 def available() -> str | None:
     """`None` when the kernels can run here, otherwise why not."""
-    if importlib.util.find_spec("triton") is None:
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:  # a folder of that name is no package
         return "triton is not installed"
     if interpreting() or torch.cuda.is_available() or torch.xpu.is_available():
         return None

@@ -73,10 +73,13 @@ def describe(key: Key, args: Args, options: Options, plan: Plan, native: bool, f
     sections = (*(key.mrope_section or (0, 0, 0)),)
     packed = key.row_format == "fp8_ds_mla"
     pool_format = key.pool_dtype or key.dtype
-    query_roles = -(-key.heads_q // plan.q_heads) if "q" in tensors else 0
-    kv_blocks = -(-heads_kv // plan.kv_heads)
-    key_roles = kv_blocks if "k" in tensors else 0
-    value_roles = kv_blocks if "v" in tensors else 0
+    blocks = {
+        "q": (plan.q, key.heads_q if "q" in tensors else 0),
+        "k": (plan.k, heads_kv if "k" in tensors else 0),
+        "v": (plan.v, heads_kv if "v" in tensors else 0),
+    }
+    group = max(block.tokens for block, heads in blocks.values() if heads)
+    programs = 0
 
     numbers: dict[str, int | float] = {
         "tokens": tokens,
@@ -133,16 +136,15 @@ def describe(key: Key, args: Args, options: Options, plan: Plan, native: bool, f
         "K_FIRST": _PACKED_ROPE_BYTE if packed else key.latent_dim,
         "NATIVE": native,
         "NATIVE_FP8": fp8,
-        "Q_TOKENS": plan.q_tokens,
-        "KV_TOKENS": plan.kv_tokens,
-        "Q_BLOCK": plan.q_heads,
-        "KV_BLOCK": plan.kv_heads,
-        "Q_ROLES": query_roles,
-        "K_ROLES": key_roles,
-        "V_ROLES": value_roles,
+        "GROUP_TOKENS": group,
     }
-    roles = query_roles * (plan.kv_tokens // plan.q_tokens) + key_roles + value_roles
-    grid = -(-tokens // plan.kv_tokens) * roles
+    for short, (block, heads) in blocks.items():
+        roles = -(-heads // block.heads)
+        programs += roles * (group // block.tokens)
+        constants[f"{short.upper()}_TOKENS"] = block.tokens
+        constants[f"{short.upper()}_HEADS"] = block.heads
+        constants[f"{short.upper()}_ROLES"] = roles
+    grid = -(-tokens // group) * programs
     return Call(sources, numbers, constants, grid, plan.warps)
 
 

@@ -173,9 +173,11 @@ def store_latent_tiles(pool, start, mask, value, NATIVE: tl.constexpr, NATIVE_FP
     magnitude = tl.where(tiles == tiles, tl.abs(tiles), 0.0)
     largest = tl.minimum(tl.max(magnitude, axis=2), 3.4028234663852886e38)
     scale = tl.maximum(tl.div_rn(largest, 448.0), 1.1754943508222875e-38)
-    code = to_storage(tiles, scale[:, :, None], "float8_e4m3fn", NATIVE, NATIVE_FP8)
+    # A scale lies between 2**-126 and 2**119, so its reciprocal is a normal number.
+    inverse = tl.div_rn(1.0, scale)[:, :, None]
+    code = to_storage(tiles * inverse, None, "float8_e4m3fn", NATIVE, NATIVE_FP8)
     byte = tl.arange(0, 512)[None, None, :]
     tl.store(pool + start + byte, code.reshape(tokens, 1, 512), mask=mask)
     bits = scale.to(tl.uint32, bitcast=True)[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]
-    byte = 512 + tl.arange(0, 4)[None, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    tl.store(pool + start + byte, (bits & 0xFF).to(tl.uint8), mask=mask)
+    byte = 512 + tl.arange(0, 16)[None, None, :]
+    tl.store(pool + start + byte, (bits & 0xFF).to(tl.uint8).reshape(tokens, 1, 16), mask=mask)

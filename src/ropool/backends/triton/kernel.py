@@ -94,21 +94,24 @@ def heads_kernel(
     PAGE_SIZE: tl.constexpr, K_ROW_GROUP: tl.constexpr, V_ROW_GROUP: tl.constexpr,
     K_DIM_GROUP: tl.constexpr, V_DIM_GROUP: tl.constexpr, K_FIRST: tl.constexpr,
     NATIVE: tl.constexpr, NATIVE_FP8: tl.constexpr,
-    Q_TOKENS: tl.constexpr, KV_TOKENS: tl.constexpr, Q_BLOCK: tl.constexpr,
-    KV_BLOCK: tl.constexpr, Q_ROLES: tl.constexpr, K_ROLES: tl.constexpr, V_ROLES: tl.constexpr,
+    Q_TOKENS: tl.constexpr, K_TOKENS: tl.constexpr, V_TOKENS: tl.constexpr,
+    Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr, V_HEADS: tl.constexpr,
+    Q_ROLES: tl.constexpr, K_ROLES: tl.constexpr, V_ROLES: tl.constexpr,
+    GROUP_TOKENS: tl.constexpr,
 ):  # fmt: skip
-    Q_PROGRAMS: tl.constexpr = Q_ROLES * (KV_TOKENS // Q_TOKENS)
-    ROLES: tl.constexpr = Q_PROGRAMS + K_ROLES + V_ROLES
-    program = tl.program_id(0)
-    role = program % ROLES
-    first_token = (program // ROLES).to(tl.int64) * KV_TOKENS
+    # Programs of a group: `X_ROLES` blocks of heads for each `X_TOKENS` of its tokens.
+    Q_PROGRAMS: tl.constexpr = Q_ROLES * (GROUP_TOKENS // Q_TOKENS)
+    K_PROGRAMS: tl.constexpr = K_ROLES * (GROUP_TOKENS // K_TOKENS)
+    V_PROGRAMS: tl.constexpr = V_ROLES * (GROUP_TOKENS // V_TOKENS)
+    PROGRAMS: tl.constexpr = Q_PROGRAMS + K_PROGRAMS + V_PROGRAMS
+    role = tl.program_id(0) % PROGRAMS
+    first_token = (tl.program_id(0) // PROGRAMS).to(tl.int64) * GROUP_TOKENS
 
-    if Q_ROLES > 0:
+    if Q_PROGRAMS > 0:
         if role < Q_PROGRAMS:
-            token_q, exists_q = token_block(
-                first_token + role // Q_ROLES * Q_TOKENS, tokens, Q_TOKENS
-            )
-            head_q, is_head_q = head_block(role % Q_ROLES * Q_BLOCK, HEADS_Q, Q_BLOCK)
+            first_q_token = first_token + role // Q_ROLES * Q_TOKENS
+            token_q, exists_q = token_block(first_q_token, tokens, Q_TOKENS)
+            head_q, is_head_q = head_block(role % Q_ROLES * Q_HEADS, HEADS_Q, Q_HEADS)
             here_q = exists_q[:, None] & is_head_q
             start_q = head_starts(token_q, head_q, q_token, q_head)
             # In place, dims that nothing changes are neither read nor written.
@@ -130,10 +133,12 @@ def heads_kernel(
                 HALF, HEAD_DIM, INTERLEAVED, REST_Q > 0, HEAD_DIM, Q_FORMAT, NATIVE, NATIVE_FP8,
             )  # fmt: skip
 
-    if K_ROLES > 0:
-        if (role >= Q_PROGRAMS) & (role < Q_PROGRAMS + K_ROLES):
-            token_k, exists_k = token_block(first_token, tokens, KV_TOKENS)
-            head_k, is_head_k = head_block((role - Q_PROGRAMS) * KV_BLOCK, HEADS_KV, KV_BLOCK)
+    if K_PROGRAMS > 0:
+        if (role >= Q_PROGRAMS) & (role < Q_PROGRAMS + K_PROGRAMS):
+            role_k = role - Q_PROGRAMS
+            first_k_token = first_token + role_k // K_ROLES * K_TOKENS
+            token_k, exists_k = token_block(first_k_token, tokens, K_TOKENS)
+            head_k, is_head_k = head_block(role_k % K_ROLES * K_HEADS, HEADS_KV, K_HEADS)
             here_k = exists_k[:, None] & is_head_k
             start_k = head_starts(token_k, head_k, k_token, k_head)
             valid_k = exists_k
@@ -177,11 +182,12 @@ def heads_kernel(
                         0, HEAD_DIM, HEAD_DIM, K_DIM_GROUP, POOL_FORMAT_K, NATIVE, NATIVE_FP8,
                     )  # fmt: skip
 
-    if V_ROLES > 0:
-        if role >= Q_PROGRAMS + K_ROLES:
-            role_v = role - Q_PROGRAMS - K_ROLES
-            token_v, exists_v = token_block(first_token, tokens, KV_TOKENS)
-            head_v, is_head_v = head_block(role_v * KV_BLOCK, HEADS_KV, KV_BLOCK)
+    if V_PROGRAMS > 0:
+        if role >= Q_PROGRAMS + K_PROGRAMS:
+            role_v = role - Q_PROGRAMS - K_PROGRAMS
+            first_v_token = first_token + role_v // V_ROLES * V_TOKENS
+            token_v, exists_v = token_block(first_v_token, tokens, V_TOKENS)
+            head_v, is_head_v = head_block(role_v % V_ROLES * V_HEADS, HEADS_KV, V_HEADS)
             here_v = exists_v[:, None] & is_head_v
             start_v = head_starts(token_v, head_v, v_token, v_head)
             whole_v = load_dims(v, start_v, here_v[:, :, None], 0, V_HEAD_DIM, V_BLOCK)

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ropool.dispatch.key import Key
 
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _VECTOR_BYTES = 16
-_SIZES = ((4, 4), (1, 4), (1, 1))
-"""`(warps, vectors a thread)` of a program, the preferred first. Four vectors a thread and tensor
-hide the latency of memory and keep a rotated tile within 64 registers."""
-_ENOUGH_PROGRAMS = 512
-"""A size is taken when it leaves so many programs; below, more and smaller ones are faster."""
+_SIZES = ((2, 4), (1, 4), (1, 2), (1, 1))
+"""`(warps, vectors a thread)` of a program, the preferred first: four vectors in flight a thread
+hide the latency of memory and keep a rotated tile within 64 registers. Measured on an H200 over
+32x8x128, 64x8x64 and 8x1x128: two warps are 3 to 4% faster than four from T = 8192 up."""
+_ENOUGH_PROGRAMS = 1024
+"""A size is taken when the call makes so many programs of it; below, smaller ones are faster."""
+
+
+class Block(NamedTuple):
+    """Tokens and heads of one program, powers of two."""
+
+    tokens: int
+    heads: int
 
 
 class Plan(NamedTuple):
-    """Tokens and heads of a program that rotates queries and of one that serves keys or values,
-    and the warps of each. All powers of two; `kv_tokens` is a multiple of `q_tokens`."""
+    """The blocks of the programs that rotate queries and serve keys and values, and their warps."""
 
-    q_tokens: int
-    q_heads: int
-    kv_tokens: int
-    kv_heads: int
+    q: Block
+    k: Block
+    v: Block
     warps: int
 
 
@@ -31,34 +38,40 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _block(tokens: int, heads: int, vectors: int, budget: int) -> tuple[int, int]:
-    """Tokens and heads of a program: heads of one token first, then, where they do not fill it,
-    further tokens."""
+def _vectors(dims: int, key: Key) -> int:
+    return max(1, next_power_of_2(dims) * _ITEM_BYTES[key.dtype] // _VECTOR_BYTES)
+
+
+def _block(tokens: int, heads: int, vectors: int, budget: int) -> Block:
+    """Heads of one token first, then, where they do not fill the budget, further tokens."""
     heads_here = min(next_power_of_2(heads), max(1, budget // vectors))
-    tokens_here = min(next_power_of_2(tokens), max(1, budget // (vectors * heads_here)))
-    return tokens_here, heads_here
+    tokens_here = max(1, budget // (vectors * heads_here))
+    return Block(min(next_power_of_2(tokens), tokens_here), heads_here)
 
 
-def plan(key: Key, tokens: int, lanes: int) -> Plan:
+def plan(key: Key, tokens: int, lanes: int, sizes: Sequence[tuple[int, int]] = _SIZES) -> Plan:
     """A plan for `tokens` tokens on a GPU with `lanes` threads a warp."""
-    item = _ITEM_BYTES[key.dtype]
     heads_kv = key.heads_kv or 1
-    value_dim = key.latent_dim or key.v_head_dim
-    q_vectors = max(1, next_power_of_2(key.head_dim) * item // _VECTOR_BYTES)
-    kv_vectors = max(q_vectors, next_power_of_2(value_dim) * item // _VECTOR_BYTES)
-    total = tokens * (key.heads_q * q_vectors + heads_kv * (q_vectors + kv_vectors))
-    for warps, vectors in _SIZES:
+    q_vectors = _vectors(key.head_dim, key)
+    v_vectors = _vectors(key.latent_dim or key.v_head_dim, key)
+    total = tokens * (key.heads_q * q_vectors + heads_kv * (q_vectors + v_vectors))
+    for warps, vectors in sizes:
         budget = warps * lanes * vectors
         if total >= budget * _ENOUGH_PROGRAMS:
             break
-    kv_tokens, kv_heads = _block(tokens, heads_kv, kv_vectors, budget)
-    q_tokens, q_heads = _block(tokens, key.heads_q or 1, q_vectors, budget)
-    return Plan(min(q_tokens, kv_tokens), q_heads, kv_tokens, kv_heads, warps)
+    return Plan(
+        _block(tokens, key.heads_q, q_vectors, budget),
+        _block(tokens, heads_kv, q_vectors, budget),
+        _block(tokens, heads_kv, v_vectors, budget),
+        warps,
+    )
 
 
 def interpreted_plan(key: Key, tokens: int) -> Plan:
     """A plan for the interpreter, where a program costs much and its size little: few programs,
     yet with more than one block of each kind, and one that is not full."""
-    block = min(4, next_power_of_2(tokens))
-    heads_kv = min(4, next_power_of_2(key.heads_kv or 1))
-    return Plan(block, min(16, next_power_of_2(key.heads_q)), 2 * block, heads_kv, 1)
+    few = min(4, next_power_of_2(tokens))
+    many = min(8, next_power_of_2(tokens))
+    heads_kv = min(4, next_power_of_2(key.heads_kv))
+    heads_q = min(16, next_power_of_2(key.heads_q))
+    return Plan(Block(few, heads_q), Block(many, heads_kv), Block(few, heads_kv), 1)
