@@ -115,4 +115,8 @@ def test_hazard_10_mla_tiles_of_every_kind(op: str, dtype: str, backend: Backend
     tiles[13, :, 0] = -300
     tiles[14, :, 64] = float("nan")
     tiles[14, :, 65] = float("inf")
+    # The largest first, then NaN in the same lane of every vector, and last of all.
+    tiles[15, :, 3] = 400
+    tiles[15, :, 11::8] = float("nan")
+    tiles[15, :, 127] = float("nan")
     check_args(op, args, backend)

@@ -99,7 +99,7 @@ def _far(
 ) -> torch.Tensor:
     """A dense view but for `far_dim`, whose stride is `step` elements.
 
-    It begins well inside the mapping: an offset that wraps to a negative one lands there, and is seen.
+    It begins well inside the mapping: an offset that wraps to a negative one lands there.
     """
     strides, extent = [0] * len(shape), 1
     for dim in reversed(range(len(shape))):
