@@ -1,5 +1,5 @@
 // ropool._cpu: the Python face of the cpu kernels. It knows neither torch's headers nor its ABI: a tensor is any
-// object with a data_ptr() method.
+// object with a data_ptr() method. Only what the limited API of Python 3.12 has is called.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -73,9 +73,9 @@ public:
     void run(const nb::tuple& args, int threads) const {
         Pointers pointers;
         for (const Operand& operand : operands_) {
-            if (operand.index >= PyTuple_GET_SIZE(args.ptr())) throw nb::index_error("ropool._cpu: too few arguments");
-            PyObject* tensor = PyTuple_GET_ITEM(args.ptr(), operand.index);
-            PyObject* address = PyObject_CallMethodNoArgs(tensor, data_ptr_.ptr());
+            if (operand.index >= PyTuple_Size(args.ptr())) throw nb::index_error("ropool._cpu: too few arguments");
+            PyObject* tensor = PyTuple_GetItem(args.ptr(), operand.index);
+            PyObject* address = PyObject_VectorcallMethod(data_ptr_.ptr(), &tensor, 1, nullptr);
             if (address == nullptr) throw nb::python_error();
             const unsigned long long value = PyLong_AsUnsignedLongLong(address);
             Py_DECREF(address);
