@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ops.calls import arguments
+from ops.calls import Case, arguments
 from ops.grids import (
     rope_cases,
     rope_store_kv_cases,
@@ -22,6 +22,7 @@ from ropool.ops import rope, rope_store_kv, rope_store_mla, store_kv, store_mla
 from ropool.ops._op import Op
 
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a", "sm_120a"]
+PROCESSORS = 132
 HEADS = ["32x8x128", "64x8x128", "8x1x128", "64x8x64", "40x8x128", "16x16x128", "9x3x64"]
 OPS: dict[str, Op] = {
     "rope_": rope.OP,
@@ -47,17 +48,21 @@ def bound(op: str, arguments: dict[str, Any]) -> Bound:
 def source(call: Bound, arch: str, align: int = 16) -> str:
     """The kernel's text when every address is a multiple of `align`."""
     described = describe(*call, lambda name: align)
-    shape = shape_of(described, arch)
+    shape = shape_of(described, arch, PROCESSORS)
     return source_of(described, shape, grid_of(described, shape))
 
 
-def grid_calls() -> dict[str, Bound]:
+def grid_cases() -> list[Case]:
     """Every case of the op tests' grids."""
-    cases = [
+    return [
         *(*rope_cases(), *rope_store_kv_cases(), *store_kv_cases()),
         *(*store_mla_cases(), *rope_store_mla_cases()),
     ]
-    return {str(case): bound(case.op, arguments(case)) for case in cases}
+
+
+def grid_calls() -> dict[str, Bound]:
+    """Those cases as the backend sees them."""
+    return {str(case): bound(case.op, arguments(case)) for case in grid_cases()}
 
 
 def model_calls() -> dict[str, Bound]:
@@ -68,6 +73,8 @@ def model_calls() -> dict[str, Bound]:
             for what in ("bf16", "norm", "fp8"):
                 name = f"rope_store_kv_-{heads}-{what}-{tokens}"
                 calls[name] = bound("rope_store_kv_", _kv(heads, tokens, what))
+        for heads in HEADS:
+            calls[f"store_kv_-{heads}-{tokens}"] = bound("store_kv_", _kv(heads, tokens, "bf16"))
         for op, pool in (
             ("store_mla_", "bfloat16"),
             ("rope_store_mla_", "bfloat16"),

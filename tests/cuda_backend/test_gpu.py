@@ -5,18 +5,22 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import ropool
+from cuda_backend.specialisations import grid_cases
 from ops.backend import Backend
 from ops.calls import Case, arguments, check_args
 from ops.memory import placed
 from oracle import compare, expected
 from ropool.backends import cuda
-from ropool.backends.cuda import launch
+from ropool.backends.cuda import launch, tune
+from ropool.backends.cuda.specialise import Call
+from ropool.backends.cuda.tune import Shape
 from ropool.dispatch import cache
 
 pytestmark = pytest.mark.skipif(
@@ -216,6 +220,52 @@ def test_software_fp8_is_the_hardwares(
     assert torch.equal(hardware[~nan], software[~nan])
     assert bool(software.view(getattr(torch, dtype)).float()[nan].isnan().all())
     cache.clear()
+
+
+SHAPES = {
+    "early": Shape(4, 2, 2, 64, True, True),
+    "bandwidth": Shape(2, 1, 1, 128, True, False),
+    "plain": Shape(1, 1, 1, 96, False, False),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("part", range(8))
+def test_every_shape_of_launch(shape: str, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grid's calls are small; here they run as calls of other sizes do."""
+    monkeypatch.setattr(launch, "shape_of", lambda call, arch, processors: SHAPES[shape])
+    cache.clear()
+    for case in grid_cases()[part::8]:
+        check_args(case.op, arguments(case), CUDA)
+    cache.clear()
+
+
+BULK = [
+    *(Case(op="store_mla_", tokens=13, head_dim=64, latent_dim=latent) for latent in (512, 64)),
+    Case(op="store_mla_", tokens=9, head_dim=64, dtype="float32", mistakes=True, paged=False),
+    *(Case(op="store_kv_", tokens=13, mistakes=True, layout=layout) for layout in ("NHD", "slots")),
+    Case(op="store_kv_", tokens=13, pages=20, v_head_dim=32, window="int64", pool_strides="kv"),
+    Case(op="store_kv_", tokens=13, heads_kv=1, head_dim=128, layout="HND", padding_slot=3),
+]
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("case", BULK, ids=str)
+def test_bulk_copies(case: Case, early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the bulk copy engine came with sm_90")
+    asked = []
+
+    def shape(call: Call, arch: str, processors: int) -> Shape:
+        asked.append(tune.why_not_bulk(call))
+        return Shape(1, 1, 1, 4, True, early, asked[-1] is None)
+
+    monkeypatch.setattr(launch, "shape_of", shape)
+    cache.clear()
+    case = replace(case, pages=max(case.pages, 16))
+    check_args(case.op, arguments(case), CUDA)
+    cache.clear()
+    assert asked == [None]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")

@@ -78,15 +78,21 @@ def describe(key: Key, args: Args, options: Options, align: Callable[[str], int]
 
 def source_of(call: Call, shape: Shape, grid: Grid) -> str:
     """The whole text of a specialised kernel."""
-    head = compile.source("memory.cuh") + prelude(call, shape, grid)
-    return head + compile.source("heads.cu")
+    parts = [
+        compile.source("memory.cuh"),
+        prelude(call, shape, grid),
+        compile.source("slots.cuh"),
+        compile.source("bulk.cu" if shape.bulk else "heads.cu"),
+    ]
+    return "\n".join(parts)
 
 
 def _launcher(call: Call, device: int) -> driver.Launcher:
     """Compile the kernel of `call`, unless it is loaded already, and prepare its launch."""
     major, minor = torch.cuda.get_device_capability(device)
     arch = f"sm_{major}{minor}"
-    shape = shape_of(call, arch)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    shape = shape_of(call, arch, processors)
     grid = grid_of(call, shape)
     text = source_of(call, shape, grid)
     found = _functions.get((text, device))

@@ -59,6 +59,8 @@ class Call:
     scalars: dict[str, int] = field(default_factory=dict)
     integers: dict[str, int] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
+    row_align: dict[str, int] = field(default_factory=dict)
+    """`k`, `v` -> bytes that every row's address is a multiple of."""
 
 
 def power_of_2(*multiples: int) -> int:
@@ -155,6 +157,7 @@ class Describer:
         strides = _add_rows(self.call, "k", tensors["k"])
         k_width = _row_width(self.size, self.align("k"), dims, rotary // 2, strides)
         self.constants(HK=heads_k, HV=heads_v, DV=v_dims, VK=k_width)
+        self.call.row_align["k"] = power_of_2(self.align("k"), *(s * self.size for s in strides))
         self._norm("k", "KNorm")
         if "v" not in tensors:
             return
@@ -162,6 +165,7 @@ class Describer:
         if v_head:
             self.call.scalars["v_head"] = head = v_head
         v_width = _row_width(self.size, self.align("v"), v_dims, 0, (token, head))
+        self.call.row_align["v"] = power_of_2(self.align("v"), token * self.size, head * self.size)
         # One thread for a key and its value saves a second look at position and slot; plain copies
         # are faster apart.
         merged = rotary > 0 and dims == v_dims and heads_k == heads_v

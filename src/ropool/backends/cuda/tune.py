@@ -1,7 +1,8 @@
 """How a kernel's work is laid over threads and blocks.
 
-A call that moves little is bound by latency: its blocks are small, and it prefetches before the
-previous kernel has ended. A call that moves much is bound by bandwidth.
+A call whose threads the GPU holds all at once is bound by latency: its blocks are small, and it
+prefetches before the previous kernel has ended. A larger one is bound by bandwidth.
+The numbers here were measured on an H200.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ropool.backends.cuda.specialise import SIZES, Call
+from ropool.backends.cuda.specialise import SIZES, VECTOR_BYTES, Call
 
 WARP = 32
-EARLY_BYTES = 18 << 20
-"""Up to this many bytes read and written, prefetching pays (measured on an H200: faster at 12.6 and
-17.6 MB, slower at 18.9 MB and beyond)."""
+EARLY_THREADS = 1024
+"""Threads of a kernel that rotates that a multiprocessor holds; of one that copies, half more."""
 SHORT_ROW_BYTES = 128
+BULK_ROWS = 4
+BULK_BYTES = 48 << 10
+"""Shared memory of a block."""
 LARGEST_GROUP = 64
 GROUP_WASTE = 1.05
 """A group of tokens is as small as can be with no more than this times the fewest blocks."""
@@ -24,7 +27,8 @@ GROUP_WASTE = 1.05
 
 class Shape(NamedTuple):
     """`*_rows`: rows of a token that one thread takes. `dependent`: launched so that it may start
-    while the kernel before it drains; `early`: it then prefetches while it waits."""
+    while the kernel before it drains; `early`: it then prefetches while it waits. `bulk`: the bulk
+    copy engine moves the rows, one a thread."""
 
     q_rows: int
     k_rows: int
@@ -32,19 +36,56 @@ class Shape(NamedTuple):
     threads: int
     dependent: bool
     early: bool
+    bulk: bool = False
 
 
-def shape_of(call: Call, arch: str) -> Shape:
-    """The layout for a call on `arch` (such as `sm_90`)."""
-    key, given = call.key, call.integers
-    size = SIZES[call.formats["Model"]]
-    row = key.head_dim * size
-    rows = given.get("HQ", 0) + given.get("HK", 0)
-    moved = 2 * call.tokens * (rows * row + given.get("HV", 0) * given.get("DV", 0) * size)
+def shape_of(call: Call, arch: str, processors: int) -> Shape:
+    """The layout for a call on `arch` (such as `sm_90`) with so many multiprocessors."""
     dependent = int(arch.removeprefix("sm_").rstrip("af")) >= 90
-    early = dependent and moved <= EARLY_BYTES
-    q_rows = 2 if early or row > SHORT_ROW_BYTES else 1
-    return Shape(q_rows, 1, 1, 64 if early else 128, dependent, early)
+    if not call.key.rotary_dim:
+        return _copy_shape(call, dependent, processors)
+    if dependent:
+        for rows in (Shape(2, 1, 1, 64, True, True), Shape(4, 2, 1, 64, True, True)):
+            if call.tokens * threads_per_token(call, rows) <= processors * EARLY_THREADS:
+                return rows
+    row = call.key.head_dim * SIZES[call.formats["Model"]]
+    return Shape(2 if row > SHORT_ROW_BYTES else 1, 1, 1, 128, dependent, False)
+
+
+def _copy_shape(call: Call, dependent: bool, processors: int) -> Shape:
+    """For the ops that do not rotate."""
+    early = Shape(1, 1, 1, 64 if call.tokens <= processors else 128, dependent, dependent)
+    fits = processors * EARLY_THREADS * 3 // 2
+    if dependent and call.tokens * threads_per_token(call, early) <= fits:
+        return early
+    if dependent and why_not_bulk(call) is None:
+        return Shape(1, 1, 1, BULK_ROWS, True, call.tokens * WARP <= 2 * fits, True)
+    return Shape(1, 1, 1, 128, dependent, False)
+
+
+def why_not_bulk(call: Call) -> str | None:
+    """Why the bulk copy engine cannot move a call's rows, or `None`."""
+    given, scalars, formats = call.integers, call.scalars, call.formats
+    if not given.get("STORE") or call.key.rotary_dim or given.get("TILES"):
+        return "the rows are not stored as they came"
+    if not formats["Model"] == formats["KPool"] == formats["VPool"]:
+        return "the pool's format is another"
+    size = SIZES[formats["Model"]]
+    parts = {"k": (given["HK"], call.key.head_dim), "v": (given["HV"], given["DV"])}
+    for part, (heads, dims) in parts.items():
+        prefix = part.upper()
+        if given[f"{prefix}_GROUP"] or given[f"{prefix}_ROW_GROUP"] > 1:
+            return f"{part}_pool does not keep a row in one piece"
+        dense = (scalars[f"{part}_head"], scalars[f"{part}_plane"] // size) == (dims, dims)
+        if heads > 1 and not dense:
+            return f"the heads of a row of {part} are apart"
+        if heads * dims * size % VECTOR_BYTES:
+            return f"a row of {part} is no multiple of {VECTOR_BYTES} bytes"
+        if given[f"{prefix}_POOL_ALIGN"] < VECTOR_BYTES or call.row_align[part] < VECTOR_BYTES:
+            return f"{part} is not aligned to {VECTOR_BYTES} bytes"
+    if BULK_ROWS * sum(h * d * size for h, d in parts.values()) > BULK_BYTES - 1024:
+        return "rows are too long for shared memory"
+    return None
 
 
 @dataclass
@@ -58,6 +99,30 @@ class Grid:
 
 def grid_of(call: Call, shape: Shape) -> Grid:
     """Deal the work of a call out to blocks."""
+    if shape.bulk:
+        return Grid(math.ceil(call.tokens / shape.threads), {})
+    constants, per_token = _teams(call, shape)
+
+    def blocks(group: int) -> dict[str, int]:
+        return {kind: _blocks(group, count, shape.threads) for kind, count in per_token.items()}
+
+    cost = {group: sum(blocks(group).values()) / group for group in range(1, LARGEST_GROUP + 1)}
+    least = min(cost.values())
+    group = next(group for group, blocks in cost.items() if blocks <= GROUP_WASTE * least)
+    chosen = blocks(group)
+    constants["GROUP"] = group
+    constants |= {f"{kind}_BLOCKS": count for kind, count in chosen.items()}
+    return Grid(math.ceil(call.tokens / group) * sum(chosen.values()), constants)
+
+
+def threads_per_token(call: Call, shape: Shape) -> int:
+    """Threads that work on one token."""
+    return sum(_teams(call, shape)[1].values())
+
+
+def _teams(call: Call, shape: Shape) -> tuple[dict[str, int], dict[str, int]]:
+    """The constants by which a thread finds its rows, and the threads a token has by kind of
+    row."""
     key, given = call.key, call.integers
     constants: dict[str, int] = {}
     per_token: dict[str, int] = {}
@@ -87,16 +152,7 @@ def grid_of(call: Call, shape: Shape) -> Grid:
         units = _units(key.head_dim, half, given["VQ"], bool(normed or given.get("Q_OUT")))
         add("Q", given["HQ"], shape.q_rows, units, bool(normed))
 
-    def blocks(group: int) -> dict[str, int]:
-        return {kind: _blocks(group, count, shape.threads) for kind, count in per_token.items()}
-
-    cost = {group: sum(blocks(group).values()) / group for group in range(1, LARGEST_GROUP + 1)}
-    least = min(cost.values())
-    group = next(group for group, blocks in cost.items() if blocks <= GROUP_WASTE * least)
-    chosen = blocks(group)
-    constants["GROUP"] = group
-    constants |= {f"{kind}_BLOCKS": count for kind, count in chosen.items()}
-    return Grid(math.ceil(call.tokens / group) * sum(chosen.values()), constants)
+    return constants, per_token
 
 
 def _blocks(group: int, per_token: int, threads: int) -> int:

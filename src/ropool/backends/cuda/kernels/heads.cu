@@ -12,20 +12,6 @@
 // What is upper-case or named by a format (`Model`, `KPool`, ...) stands in the prelude that Python
 // writes for a specialisation, and so does `Params`.
 
-// Dependent launch: the next kernel may be scheduled as soon as all blocks of this one have started,
-// since it waits itself before it touches memory.
-DEVICE void let_next_kernel_start() {
-#if PDL && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-DEVICE void wait_for_previous_kernel() {
-#if PDL && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // ---- work items -------------------------------------------------------------------------------
 
 struct Item {
@@ -251,41 +237,30 @@ template <int N> DEVICE void scale_by(float* x, float factor, const float* weigh
   for (int i = 0; i < N; ++i) x[i] = x[i] * factor * weight[i];
 }
 
-template <int KIND> DEVICE float load_scale(const char* scale, int head) {
-  return reinterpret_cast<const float*>(scale)[KIND == 2 ? head : 0];
-}
-
-// ---- the pool: strides in bytes -----------------------------------------------------------------------------------
-
-// The slot that an entry of the slot mapping stands for, or -1: padding, or outside of the map or the
-// pool.
-DEVICE i64 slot_of(const Params& p, i64 entry) {
-  bool written = entry >= 0 && entry != p.padding_slot;
-  if constexpr (HAS_WINDOW) {
-    written = written && entry < p.window_size;
-    if (written) entry = load_index<WindowInt, false>(p.window, entry);
-    written = written && entry >= 0;
+// The fp8 scales of a thread's rows; `KIND` is 0 for none (1), 1 for one scale, 2 for one a head.
+template <int KIND, int ROWS, int LANES, int HEADS>
+DEVICE void load_scales(const char* scales, const Item& item, float* scale) {
+#pragma unroll
+  for (int u = 0; u < ROWS; ++u) {
+    scale[u] = 1.0f;
+    const int head = item.lane + u * LANES;
+    u32 w;
+    if (KIND != 0 && head < HEADS) {
+      load_cached<4, false>(scales + (KIND == 2 ? head * 4 : 0), &w);
+      scale[u] = __uint_as_float(w);
+    }
   }
-  return written && entry < p.pool_slots ? entry : -1;
 }
 
-// Bring the entries of a token's slot into L2.
-DEVICE void prefetch_slot(const Params& p, i64 token) {
-  if constexpr (HAS_WINDOW) {
-    const i64 entry = load_index<SlotInt, true>(p.slots, token);
-    if (entry >= 0 && entry < p.window_size) prefetch(p.window + entry * i64(sizeof(WindowInt)));
-  } else
-    prefetch(p.slots + token * i64(sizeof(SlotInt)));
+// What is read by every token, into L2.
+template <int KIND, int HEADS, int NORM_BYTES>
+DEVICE void prefetch_constants(const char* scales, const char* norm, const Item& item) {
+  if constexpr (KIND == 1) prefetch(scales);
+  if constexpr (KIND == 2) prefetch(scales + least(item.lane, HEADS - 1) * 4);
+  if constexpr (NORM_BYTES > 0) prefetch(norm + least(item.unit * 32, NORM_BYTES - 1));
 }
 
-template <int ROW_GROUP>
-DEVICE i64 slot_offset(i64 slot, i64 page_stride, i64 group_stride, i64 row_stride) {
-  const u64 page = u64(slot) / PAGE;
-  const u32 row = u32(u64(slot) % PAGE);
-  i64 offset = i64(page) * page_stride;
-  if constexpr (PAGE > 1) offset += row / ROW_GROUP * group_stride + row % ROW_GROUP * row_stride;
-  return offset;
-}
+// ---- stores into the pool ------------------------------------------------------------------------
 
 // Write a vector of a row whose dims stand in groups of `GROUP` (0: all dims are contiguous).
 template <class F, int V, int GROUP, int ALIGN>
@@ -310,15 +285,10 @@ DEVICE void store_floats(char* row, i64 group_stride, int dim, const float* x) {
   store_vector<F, V, GROUP, ALIGN>(row, group_stride, dim, w);
 }
 
-DEVICE char* value_row(const Params& p, i64 slot, int head) {
-  return p.v_pool + V_POOL_OFFSET + head * p.v_plane +
-         slot_offset<V_ROW_GROUP>(slot, p.v_page, p.v_row_group, p.v_row);
-}
-
-// Write one unit of a value row; `scale` is that of its tile.
+// Write one unit of a value row; `scale` is that of its head or tile.
 template <class C, int V>
 DEVICE void store_value(const Params& p, i64 slot, int head, int unit, const u32 (*w)[words<Model, V>],
-                        float scale = 1.0f) {
+                        float scale) {
   char* row = value_row(p, slot, head);
   const int dim[2] = {C::first(unit), C::second(unit)};
 #pragma unroll
@@ -329,7 +299,6 @@ DEVICE void store_value(const Params& p, i64 slot, int head, int unit, const u32
     } else {
       float x[V];
       unpack<Model, V>(w[half], x);
-      if constexpr (V_SCALE) scale = load_scale<V_SCALE>(p.v_scale, head);
       if constexpr (V_SCALE || TILES) scale_by<V>(x, 1.0f / scale);
       store_floats<VPool, V, V_GROUP, V_POOL_ALIGN>(row, p.v_dim_group, dim[half], x);
     }
@@ -356,6 +325,7 @@ template <int V = VQ> DEVICE void run_queries(const Params& p, i64 first, int bl
                            QCut::second(item.unit), QCut::has_second(item.unit));
       }
     }
+    prefetch_constants<Q_SCALE, HQ, Q_NORM ? D * QNorm::size : 0>(p.q_scale, p.q_norm, item);
     guess = place_of<true>(p, item.token, item.active);
     if (item.unit < QCut::turned) prefetch_angles<V>(p, guess, item.unit);
   }
@@ -379,6 +349,9 @@ template <int V = VQ> DEVICE void run_queries(const Params& p, i64 first, int bl
                      QCut::has_second(unit), raw.w[u][j]);
     }
   }
+
+  float scale[UQ];
+  load_scales<Q_SCALE, UQ, Q_LANES, HQ>(p.q_scale, item, scale);
 
   float weight[columns][2][V];
   Angles<V> angles[columns];
@@ -436,9 +409,8 @@ template <int V = VQ> DEVICE void run_queries(const Params& p, i64 first, int bl
       if constexpr (Q_OUT) {
         char* to = p.q_out + (item.token * p.q_out_token + head * p.q_out_head) * QOut::size;
         if constexpr (Q_SCALE) {
-          const float inverse = 1.0f / load_scale<Q_SCALE>(p.q_scale, head);
-          scale_by<V>(x[0], inverse);
-          scale_by<V>(x[1], inverse);
+          scale_by<V>(x[0], 1.0f / scale[u]);
+          scale_by<V>(x[1], 1.0f / scale[u]);
         }
         store_floats<QOut, V, 0, Q_OUT_ALIGN>(to, 0, QCut::first(unit), x[0]);
         if (QCut::has_second(unit)) store_floats<QOut, V, 0, Q_OUT_ALIGN>(to, 0, QCut::second(unit), x[1]);
@@ -479,6 +451,8 @@ template <int V = VK> DEVICE void run_keys(const Params& p, i64 first, int block
         }
       }
     }
+    prefetch_constants<K_SCALE, HK, K_NORM ? D * KNorm::size : 0>(p.k_scale, p.k_norm, item);
+    if constexpr (MERGED) prefetch_constants<V_SCALE, HK, 0>(p.v_scale, nullptr, item);
     if constexpr (R > 0) {
       guess = place_of<true>(p, item.token, item.active);
       if (item.unit < KCut::turned) prefetch_angles<V>(p, guess, item.unit);
@@ -516,6 +490,10 @@ template <int V = VK> DEVICE void run_keys(const Params& p, i64 first, int block
       }
     }
   }
+
+  float scale[UK], value_scale[UK];
+  load_scales<K_SCALE, UK, K_LANES, HK>(p.k_scale, item, scale);
+  load_scales<MERGED ? V_SCALE : 0, UK, K_LANES, HK>(p.v_scale, item, value_scale);
 
   float weight[columns][2][V];
   Angles<V> angles[columns];
@@ -586,16 +564,14 @@ template <int V = VK> DEVICE void run_keys(const Params& p, i64 first, int block
       }
       if constexpr (STORE) {
         if (slot < 0) continue;
-        char* to = p.k_pool + K_POOL_OFFSET + head * p.k_plane +
-                   slot_offset<K_ROW_GROUP>(slot, p.k_page, p.k_row_group, p.k_row);
+        char* to = key_row(p, slot, head);
         if constexpr (K_SCALE) {
-          const float inverse = 1.0f / load_scale<K_SCALE>(p.k_scale, head);
-          scale_by<V>(x[0], inverse);
-          scale_by<V>(x[1], inverse);
+          scale_by<V>(x[0], 1.0f / scale[u]);
+          scale_by<V>(x[1], 1.0f / scale[u]);
         }
         store_floats<KPool, V, K_GROUP, K_POOL_ALIGN>(to, p.k_dim_group, dim[0], x[0]);
         if (KCut::has_second(unit)) store_floats<KPool, V, K_GROUP, K_POOL_ALIGN>(to, p.k_dim_group, dim[1], x[1]);
-        if constexpr (MERGED) store_value<KCut, V>(p, slot, head, unit, values.w[u][j]);
+        if constexpr (MERGED) store_value<KCut, V>(p, slot, head, unit, values.w[u][j], value_scale[u]);
       }
     }
   }
@@ -644,6 +620,8 @@ template <int V = VV> DEVICE void run_values(const Params& p, i64 first, int blo
                      VCut::has_second(unit), raw.w[u][j]);
     }
   }
+  float scale[UV];
+  load_scales<V_SCALE, UV, V_LANES, HV>(p.v_scale, item, scale);
   const i64 slot = slot_of(p, entry);
 
   float largest[UV];
@@ -663,18 +641,17 @@ template <int V = VV> DEVICE void run_values(const Params& p, i64 first, int blo
 #pragma unroll
   for (int u = 0; u < UV; ++u) {
     const int head = item.lane + u * V_LANES;
-    float scale = 1.0f;
     if constexpr (TILES) {
       // Finite, so that an infinite latent saturates, and normal, so that a tile of zeros stays zero.
-      scale = fmaxf(fminf(largest[u], 3.402823466e38f) / 448.0f, 1.17549435e-38f);
+      scale[u] = fmaxf(fminf(largest[u], 3.402823466e38f) / 448.0f, 1.17549435e-38f);
       if (item.unit == 0 && present[u][0]) {
-        const u32 bits = __float_as_uint(scale);
+        const u32 bits = __float_as_uint(scale[u]);
         store_bytes<4, V_POOL_ALIGN>(value_row(p, slot, 0) + HV * DV + 4 * head, &bits);
       }
     }
 #pragma unroll
     for (int j = 0; j < columns; ++j) {
-      if (present[u][j]) store_value<VCut, V>(p, slot, head, item.unit + j * V_TEAM, raw.w[u][j], scale);
+      if (present[u][j]) store_value<VCut, V>(p, slot, head, item.unit + j * V_TEAM, raw.w[u][j], scale[u]);
     }
   }
 }
