@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import logging as hub_logging
 from transformers.utils import logging
 
 from ropool.dispatch import chosen
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     device = _device(args.device)
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     model, tokenizer = load(
         args.model,
