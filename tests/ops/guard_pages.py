@@ -73,6 +73,9 @@ def main(backend: str) -> None:
         *grids.store_mla_cases(),
         *grids.rope_store_mla_cases(),
     ]
+    if backend == "reference":
+        # Plain torch has no loads and stores of its own to go astray.
+        cases = cases[::5]
     for number, case in enumerate(cases):
         args = arguments(case)
         # What runs on past an end is common, what starts too early is rare.
