@@ -79,7 +79,7 @@ class Case:
     @property
     def pool_slots(self) -> int:
         """`S`, slots of the pool."""
-        if self.layout == "slots" or not self.paged:
+        if self.layout == "slots" or ("mla" in self.op and not self.paged):
             return self.pages
         return self.pages * self.page_size
 
