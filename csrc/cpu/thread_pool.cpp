@@ -1,5 +1,7 @@
 #include "thread_pool.hpp"
 
+#include "gnu_openmp.hpp"
+
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -132,11 +134,35 @@ Pool& pool() {
     return *existing;
 }
 
+// One call on the OpenMP team: its threads take pieces until none is left.
+struct TeamJob {
+    std::int64_t units;
+    std::int64_t grain;
+    RangeFn range;
+    void* context;
+    std::atomic<std::int64_t> next{0};
+
+    static void work(void* data) {
+        auto* job = static_cast<TeamJob*>(data);
+        for (;;) {
+            const std::int64_t begin = job->next.fetch_add(job->grain, std::memory_order_relaxed);
+            if (begin >= job->units) return;
+            job->range(job->context, begin, std::min(begin + job->grain, job->units));
+        }
+    }
+};
+
+// A forked child has none of the team's threads, and GNU's runtime would wait for them for ever.
+std::atomic<bool> forked{false};
+
 }  // namespace
 
 void install_fork_handler() {
 #if defined(__unix__) || defined(__APPLE__)
-    pthread_atfork(nullptr, nullptr, [] { current.store(nullptr, std::memory_order_release); });
+    pthread_atfork(nullptr, nullptr, [] {
+        forked.store(true, std::memory_order_relaxed);
+        current.store(nullptr, std::memory_order_release);
+    });
 #endif
 }
 
@@ -146,7 +172,14 @@ void parallel_for(std::int64_t units, std::int64_t grain, int threads, RangeFn r
         range(context, 0, units);
         return;
     }
-    pool().run(units, grain, threads, range, context);
+    const TeamFn team = forked.load(std::memory_order_relaxed) ? nullptr : gnu_openmp_team();
+    if (team == nullptr) {
+        pool().run(units, grain, threads, range, context);
+        return;
+    }
+    TeamJob job{units, grain, range, context};
+    const std::int64_t pieces = (units + grain - 1) / grain;
+    team(TeamJob::work, &job, static_cast<unsigned>(std::min<std::int64_t>(threads, pieces)), 0);
 }
 
 }  // namespace ropool::cpu

@@ -1,4 +1,5 @@
-// A small pool of worker threads. Not OpenMP: torch brings its own runtime, and two of them in a process fight.
+// Threads for one call: PyTorch's OpenMP team where the process has one (see gnu_openmp.hpp), a small pool of our own
+// elsewhere and in forked children.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,7 @@ namespace ropool::cpu {
 using RangeFn = void (*)(void* context, std::int64_t begin, std::int64_t end);
 
 // Calls `range` on pieces that cover [0, units) once, on the calling thread and at most `threads - 1` workers, and
-// returns when all are done. Runs inline when the pool is busy with another caller. Never more threads than processors
+// returns when all are done. Runs inline when our own pool is busy with another caller. Never more threads than processors
 // this process may use. Allocates only when it has to start a worker.
 void parallel_for(std::int64_t units, std::int64_t grain, int threads, RangeFn range, void* context);
 
