@@ -274,6 +274,16 @@ WRONG += [
     Wrong("store_mla_ rows", "pool", lambda a: a["pool"].flatten(), "pool"),
     Wrong("rope_store_mla_", "q_rope", cut("q_rope", 2), "7"),
     Wrong("rope_store_mla_", "q_out", const(torch.zeros(6, 2, 7, dtype=torch.bfloat16)), "q_out"),
+    # Options of a wrong type.
+    Wrong(_KV, "layout", const(["NHD"]), "layout", EITHER),
+    Wrong("mrope", "mrope_section", const(5), "mrope_section", EITHER),
+    Wrong("mrope", "mrope_section", const(([2], 1, 1)), "mrope_section", EITHER),
+    Wrong("mrope", "mrope_section", const(("a", "b", "c")), "mrope_section", EITHER),
+    Wrong("mrope", "mrope_section", const((2.0, 1.0, 1.0)), "mrope_section", EITHER),
+    Wrong(_KV, "interleaved", const(None), "interleaved", EITHER),
+    Wrong(_KV, "interleaved", const("yes"), "interleaved", EITHER),
+    Wrong(_KV, "write_k", const("no"), "write_k", EITHER),
+    Wrong(_KV, "padding_slot", const(2**63), "padding_slot", EITHER),
     # Backends.
     Wrong(_KV, "backend", const("nvidia"), "nvidia"),
     Wrong(_KV, "backend", const(""), "backend"),
