@@ -14,10 +14,15 @@ from typing import NamedTuple
 from ropool.backends.cuda.specialise import SIZES, VECTOR_BYTES, Call
 
 WARP = 32
-EARLY_THREADS = 1024
-"""Threads of a kernel that rotates that a multiprocessor holds; of one that copies, half more."""
+EARLY_SHAPES = (((2, 1, 1), 1024), ((4, 2, 1), 768))
+"""Rows a thread of a kernel that rotates, and so many of its threads a multiprocessor holds."""
+EARLY_COPIES = 1536
+"""Threads of a kernel that copies that a multiprocessor holds."""
 SHORT_ROW_BYTES = 128
 BULK_ROWS = 4
+BULK_TOKENS = 48
+"""Tokens a multiprocessor from which on the bulk copy engine is the faster."""
+BULK_EARLY_BYTES = 12 << 20
 BULK_BYTES = 48 << 10
 """Shared memory of a block."""
 LARGEST_GROUP = 64
@@ -45,22 +50,29 @@ def shape_of(call: Call, arch: str, processors: int) -> Shape:
     if not call.key.rotary_dim:
         return _copy_shape(call, dependent, processors)
     if dependent:
-        for rows in (Shape(2, 1, 1, 64, True, True), Shape(4, 2, 1, 64, True, True)):
-            if call.tokens * threads_per_token(call, rows) <= processors * EARLY_THREADS:
-                return rows
+        for rows, held in EARLY_SHAPES:
+            early = Shape(*rows, 64, True, True)
+            if call.tokens * threads_per_token(call, early) <= processors * held:
+                return early
     row = call.key.head_dim * SIZES[call.formats["Model"]]
     return Shape(2 if row > SHORT_ROW_BYTES else 1, 1, 1, 128, dependent, False)
 
 
 def _copy_shape(call: Call, dependent: bool, processors: int) -> Shape:
     """For the ops that do not rotate."""
-    early = Shape(1, 1, 1, 64 if call.tokens <= processors else 128, dependent, dependent)
-    fits = processors * EARLY_THREADS * 3 // 2
-    if dependent and call.tokens * threads_per_token(call, early) <= fits:
-        return early
-    if dependent and why_not_bulk(call) is None:
-        return Shape(1, 1, 1, BULK_ROWS, True, call.tokens * WARP <= 2 * fits, True)
-    return Shape(1, 1, 1, 128, dependent, False)
+    if dependent and call.tokens >= BULK_TOKENS * processors and why_not_bulk(call) is None:
+        early = call.tokens * _row_bytes(call) <= BULK_EARLY_BYTES
+        return Shape(1, 1, 1, BULK_ROWS, True, early, True)
+    shape = Shape(1, 1, 1, 64 if call.tokens <= processors else 128, dependent, dependent)
+    fits = call.tokens * threads_per_token(call, shape) <= processors * EARLY_COPIES
+    return shape._replace(early=dependent and fits)
+
+
+def _row_bytes(call: Call) -> int:
+    """Bytes of a token's keys and values."""
+    given = call.integers
+    elements = given["HK"] * call.key.head_dim + given["HV"] * given["DV"]
+    return elements * SIZES[call.formats["Model"]]
 
 
 def why_not_bulk(call: Call) -> str | None:
@@ -83,7 +95,7 @@ def why_not_bulk(call: Call) -> str | None:
             return f"a row of {part} is no multiple of {VECTOR_BYTES} bytes"
         if given[f"{prefix}_POOL_ALIGN"] < VECTOR_BYTES or call.row_align[part] < VECTOR_BYTES:
             return f"{part} is not aligned to {VECTOR_BYTES} bytes"
-    if BULK_ROWS * sum(h * d * size for h, d in parts.values()) > BULK_BYTES - 1024:
+    if BULK_ROWS * _row_bytes(call) > BULK_BYTES - 1024:
         return "rows are too long for shared memory"
     return None
 

@@ -252,9 +252,10 @@ DEVICE void load_scales(const char* scales, const Item& item, float* scale) {
   }
 }
 
-// What is read by every token, into L2.
+// What every token reads, into L2; one block is enough.
 template <int KIND, int HEADS, int NORM_BYTES>
 DEVICE void prefetch_constants(const char* scales, const char* norm, const Item& item) {
+  if (blockIdx.x >= K_BLOCKS + V_BLOCKS + Q_BLOCKS) return;
   if constexpr (KIND == 1) prefetch(scales);
   if constexpr (KIND == 2) prefetch(scales + least(item.lane, HEADS - 1) * 4);
   if constexpr (NORM_BYTES > 0) prefetch(norm + least(item.unit * 32, NORM_BYTES - 1));
