@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --constraint constraints.txt
 BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find csrc -type f)
 EDITABLE := --no-build-isolation --editable
-TEST_EXTRAS := engine,bench,docs,dev
+TEST_EXTRAS := engine,triton,bench,docs,dev
 # Named after the processor: benchmarks/results/cpu-amd-epyc-2c.
 BENCH_OUT ?= benchmarks/results/cpu-$(shell sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo \
 	| head -n 1 | tr -cs '[:alnum:]\n' - | tr '[:upper:]' '[:lower:]' | sed 's/-*$$//')-$(shell nproc)c

@@ -12,7 +12,20 @@ def register_all() -> None:
     """Register the built-in backends and kernels; no backend is imported."""
     register_backend(BackendSpec("cpu", "ropool.backends.cpu:available"))
     register_backend(BackendSpec("reference", "ropool.backends.reference:available"))
+    register_backend(BackendSpec("triton", "ropool.backends.triton:available"))
+    register_backend(BackendSpec("cuda", "ropool.backends.cuda:available"))
     for op in OPS:
+        register(
+            KernelSpec(
+                op=op,
+                name=op.rstrip("_"),
+                backend="cuda",
+                target="ropool.backends.cuda.launch:bind",
+                devices=("cuda",),
+                supports="ropool.backends.cuda:supports",
+                priority=100,
+            )
+        )
         register(
             KernelSpec(
                 op=op,
@@ -34,3 +47,19 @@ def register_all() -> None:
                 supports="ropool.backends.reference:supports",
             )
         )
+        for name, devices, priority in (
+            (op.rstrip("_"), ("cuda", "hip", "xpu"), 50),
+            # Triton's interpreter is for tests: never the default.
+            (f"{op.rstrip('_')}_interpreted", ("cpu",), -1),
+        ):
+            register(
+                KernelSpec(
+                    op=op,
+                    name=name,
+                    backend="triton",
+                    target="ropool.backends.triton.launch:bind",
+                    devices=devices,
+                    supports="ropool.backends.triton:supports",
+                    priority=priority,
+                )
+            )

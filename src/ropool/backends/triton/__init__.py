@@ -1,6 +1,6 @@
 """The `triton` backend: one source for AMD, Intel and NVIDIA GPUs, specialised by key.
 
-Nothing here imports triton, so that asking whether the backend can run costs nothing.
+Triton is imported only where there is a GPU, or when its interpreter was asked for.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ropool.dispatch.key import Key
     from ropool.dispatch.spec import Device
 
+_OLDEST = (3, 6)
 _MODEL = ("float16", "bfloat16", "float32")
 _FP8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 
@@ -29,9 +30,14 @@ def available() -> str | None:
     found = importlib.util.find_spec("triton")
     if found is None or found.origin is None:  # a folder of that name is no package
         return "triton is not installed"
-    if interpreting() or torch.cuda.is_available() or torch.xpu.is_available():
-        return None
-    return "there is no GPU that torch can use (TRITON_INTERPRET=1 interprets the kernels)"
+    if not (interpreting() or torch.cuda.is_available() or torch.xpu.is_available()):
+        return "there is no GPU that torch can use (TRITON_INTERPRET=1 interprets the kernels)"
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        return f"triton {triton.__version__} is too old, {oldest} or later is needed"
+    return None
 
 
 def supports(key: Key, device: Device) -> str | None:

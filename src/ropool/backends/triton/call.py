@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ropool.backends.triton.plan import Plan, next_power_of_2
 from ropool.dispatch.key import Key, Options
+from ropool.dispatch.spec import Args
 from ropool.layouts import KVLayout, PlaneView, plane_view
-
-Args = tuple[Tensor | None, ...]
 
 TENSORS: dict[str, tuple[str, ...]] = {
     "rope_": ("q", "k", "table", "positions", "offsets"),
@@ -57,8 +56,8 @@ def describe(key: Key, args: Args, options: Options, plan: Plan, native: bool, f
         **{name: place for name, place in places.items() if name not in ("pool", "scale")},
         **{name: places[whole] for name, whole in _SHARED.items() if whole in places},
     }
-    tensors = {name: tensor for name, i in sources.items() if (tensor := args[i]) is not None}
-    mla = key.latent_dim > 0
+    tensors: dict[str, Tensor] = {name: args[i] for name, i in sources.items()}
+    mla = "pool" in places
     heads_kv = 1 if mla or "k" not in tensors else key.heads_kv
     tokens = next(iter(tensors.values())).shape[0]
     half = key.rotary_dim // 2
@@ -70,7 +69,7 @@ def describe(key: Key, args: Args, options: Options, plan: Plan, native: bool, f
         v_view = _view(tensors, "v", options.layout)
     else:
         k_view = v_view = _NO_VIEW
-    sections = (*(key.mrope_section or (0, 0, 0)),)
+    sections = key.mrope_section or (0, 0, 0)
     packed = key.row_format == "fp8_ds_mla"
     pool_format = key.pool_dtype or key.dtype
     blocks = {
@@ -78,7 +77,7 @@ def describe(key: Key, args: Args, options: Options, plan: Plan, native: bool, f
         "k": (plan.k, heads_kv if "k" in tensors else 0),
         "v": (plan.v, heads_kv if "v" in tensors else 0),
     }
-    group = max(block.tokens for block, heads in blocks.values() if heads)
+    group = max((block.tokens for block, heads in blocks.values() if heads), default=1)
     programs = 0
 
     numbers: dict[str, int | float] = {
@@ -92,10 +91,9 @@ def describe(key: Key, args: Args, options: Options, plan: Plan, native: bool, f
         "position_row": tensors["positions"].stride(0) if key.mrope_section else 0,
     }
     for name, short in (("q", "q"), ("k", "k"), ("v", "v"), ("q_out", "out")):
-        tensor = tensors.get(name)
-        numbers[f"{short}_token"] = 0 if tensor is None else tensor.stride(0)
-        per_head = tensor is not None and tensor.dim() == 3
-        numbers[f"{short}_head"] = tensor.stride(1) if per_head and tensor is not None else 0
+        # The parts of an MLA row, `[T, L]` and `[T, R]`, have one head and no stride for it.
+        strides = tensors[name].stride()[:-1] if name in tensors else ()
+        numbers[f"{short}_token"], numbers[f"{short}_head"] = (*strides, 0, 0)[:2]
     for short, view in (("k", k_view), ("v", v_view)):
         numbers[f"{short}_page"] = view.page_stride
         numbers[f"{short}_plane_head"] = view.head_stride
@@ -128,7 +126,7 @@ def describe(key: Key, args: Args, options: Options, plan: Plan, native: bool, f
         "V_SCALE": key.k_scale if mla else key.v_scale,
         "WRITE_K": key.write_k or key.op == "rope_",
         "HAS_PADDING_SLOT": _padding(options) is not None,
-        "PAGE_SIZE": k_view.page_size,
+        "PAGE_SIZE": max(k_view.page_size, 1),
         "K_ROW_GROUP": k_view.row_group,
         "V_ROW_GROUP": v_view.row_group,
         "K_DIM_GROUP": k_view.dim_group,

@@ -18,11 +18,11 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 
 from ropool.backends.triton import interpreting
-from ropool.backends.triton.call import Args, Call, describe
+from ropool.backends.triton.call import Call, describe
 from ropool.backends.triton.kernel import heads_kernel
 from ropool.backends.triton.plan import interpreted_plan, plan
-from ropool.dispatch.cache import Launch
 from ropool.dispatch.key import Key, Options
+from ropool.dispatch.spec import Args, Launch
 
 ALIGNMENT = 16
 _POINTERS = {
@@ -48,9 +48,7 @@ def source(call: Call, args: Args, aligned: bool) -> ASTSource:
     for i, name in enumerate(heads_kernel.arg_names):
         number = call.numbers.get(name)
         if name in call.sources:
-            tensor = args[call.sources[name]]
-            assert tensor is not None
-            signature[name] = _POINTERS.get(tensor.dtype, "*u8")
+            signature[name] = _POINTERS.get(args[call.sources[name]].dtype, "*u8")
             if aligned and name in _VECTORED:
                 attributes[(i,)] = [["tt.divisibility", ALIGNMENT]]
         elif isinstance(number, float):
@@ -77,23 +75,22 @@ def _compile(call: Call, args: Args, aligned: bool, device: int) -> Any:
     return _compiled[shared]
 
 
-def _native_fp8(target: Any) -> bool:
+def native_fp8(target: Any) -> bool:
     """Whether the compiler's own fp8 conversion is used: where it was compared with ours."""
     return target.backend == "cuda" and int(target.arch) >= 89
 
 
 def bind(key: Key, args: Args, options: Options) -> Launch:
     """The launch of any of the five ops; see `ropool.dispatch.spec.KernelSpec`."""
-    first = args[0]
-    assert first is not None
     if interpreting():
         return _bind_interpreted(key, args, options)
+    first: Tensor = args[0]
     module = torch.get_device_module(first.device)
     index: int = first.device.index
     with module.device(index):
         target = driver.active.get_current_target()
         cut = plan(key, first.shape[0], target.warp_size)
-        call = describe(key, args, options, cut, True, _native_fp8(target))
+        call = describe(key, args, options, cut, True, native_fp8(target))
         runners = {True: _compile(call, args, True, index)[(call.grid, 1, 1)]}
 
     template = [_value(call, name) for name in heads_kernel.arg_names]
@@ -106,11 +103,11 @@ def bind(key: Key, args: Args, options: Options) -> Launch:
         values = template.copy()
         bits = 0
         for parameter, i in vectored:
-            address = args[i].data_ptr()  # type: ignore[union-attr]
+            address = args[i].data_ptr()
             values[parameter] = address
             bits |= address
         for parameter, i in others:
-            values[parameter] = args[i].data_ptr()  # type: ignore[union-attr]
+            values[parameter] = args[i].data_ptr()
         aligned = bits % ALIGNMENT == 0
         if current_device() == index and aligned in runners:
             runners[aligned](*values)
@@ -130,9 +127,8 @@ def _value(call: Call, name: str) -> Any:
 
 def _bind_interpreted(key: Key, args: Args, options: Options) -> Launch:
     """Run the kernel in Triton's interpreter, on tensors in the host's memory."""
-    first = args[0]
-    assert first is not None
-    call = describe(key, args, options, interpreted_plan(key, first.shape[0]), False, False)
+    cut = interpreted_plan(key, args[0].shape[0])
+    call = describe(key, args, options, cut, False, False)
     fixed = {name: _value(call, name) for name in heads_kernel.arg_names}
 
     def launch(args: Args) -> None:
@@ -142,10 +138,9 @@ def _bind_interpreted(key: Key, args: Args, options: Options) -> Launch:
     return launch
 
 
-def _pointer(tensor: Tensor | None) -> Tensor:
+def _pointer(tensor: Tensor) -> Tensor:
     """One element at the tensor's address: the interpreter copies whole storages of what it gets,
     which must not be done to a pool."""
-    assert tensor is not None
     dtype = tensor.dtype if tensor.dtype in _POINTERS else torch.uint8
     if tensor.numel() == 0:
         return torch.empty(1, dtype=dtype)

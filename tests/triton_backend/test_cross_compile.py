@@ -1,0 +1,42 @@
+"""What the AMD and NVIDIA compilers make of the kernels, on a machine with neither GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from triton_backend.machine_code import CASES, TARGETS, VERSION, compile_for, missing, recorded
+
+pytestmark = [
+    pytest.mark.cross_compile,
+    pytest.mark.skipif(missing() is not None, reason=str(missing())),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted"),
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_machine_code(target: str) -> None:
+    """No spills, every row stored 16 bytes a thread, and no worse than the table says."""
+    import triton
+
+    table = recorded()
+    worse = []
+    for case in CASES:
+        code, before = compile_for(case, target), table[case, target]
+        assert code.spilled == 0, code
+        assert code.wide_loads > 0, code
+        # The four scales of a 656-byte row are all that is stored in smaller pieces.
+        assert code.narrow_stores <= ("656 bytes" in case), code
+        if triton.__version__ == VERSION and (
+            code.registers > before.registers
+            or code.shared_bytes > before.shared_bytes
+            or code.wide_loads < before.wide_loads
+            or code.wide_stores < before.wide_stores
+        ):
+            worse.append(f"{code}\n  was {before}")
+    assert not worse, (
+        "machine code is worse than recorded; if that is meant, run "
+        "`python -m triton_backend.machine_code` in tests/ and commit the table:\n"
+        + "\n".join(worse)
+    )
