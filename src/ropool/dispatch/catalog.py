@@ -13,7 +13,19 @@ def register_all() -> None:
     register_backend(BackendSpec("cpu", "ropool.backends.cpu:available"))
     register_backend(BackendSpec("reference", "ropool.backends.reference:available"))
     register_backend(BackendSpec("triton", "ropool.backends.triton:available"))
+    register_backend(BackendSpec("cuda", "ropool.backends.cuda:available"))
     for op in OPS:
+        register(
+            KernelSpec(
+                op=op,
+                name=op.rstrip("_"),
+                backend="cuda",
+                target="ropool.backends.cuda.launch:bind",
+                devices=("cuda",),
+                supports="ropool.backends.cuda:supports",
+                priority=100,
+            )
+        )
         register(
             KernelSpec(
                 op=op,
