@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import pytest
@@ -15,7 +16,7 @@ from cuda_backend.specialisations import (
     source,
 )
 
-MODELS, GRID = model_calls(), grid_calls()
+models, grid = functools.cache(model_calls), functools.cache(grid_calls)
 REGISTERS = 80
 """So many that enough blocks fit a multiprocessor to hide the latency of memory."""
 STACK = 16
@@ -45,8 +46,8 @@ def build(call: Bound, arch: str, align: int = 16) -> dict[str, int]:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("part", range(4))
 def test_kernels_of_models_have_no_spills(arch: str, part: int) -> None:
-    for name in list(MODELS)[part :: 4 * min(EVERY, 3)]:
-        found = build(MODELS[name], arch)
+    for name in list(models())[part :: 4 * min(EVERY, 3)]:
+        found = build(models()[name], arch)
         assert found["stack"] <= STACK, (name, found)
         assert found["registers"] <= REGISTERS, (name, found)
 
@@ -55,5 +56,5 @@ def test_kernels_of_models_have_no_spills(arch: str, part: int) -> None:
 @pytest.mark.parametrize("align", [16, 4, 1])
 def test_kernels_of_the_grid_compile(arch: str, align: int) -> None:
     start = ARCHITECTURES.index(arch) * 7 + align
-    for name in list(GRID)[start % EVERY :: EVERY]:
-        assert build(GRID[name], arch, align)["registers"] > 0, name
+    for name in list(grid())[start % EVERY :: EVERY]:
+        assert build(grid()[name], arch, align)["registers"] > 0, name
