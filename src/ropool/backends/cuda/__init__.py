@@ -21,6 +21,8 @@ def available() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
     try:
+        import cuda.core  # noqa: F401
+
         from ropool.backends.cuda import compile, driver
 
         compile.compiler_version()
