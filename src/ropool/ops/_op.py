@@ -21,6 +21,7 @@ from ropool.dispatch.settings import current
 from ropool.dispatch.spec import Args, Device, Launch, load
 from ropool.layouts import KVLayout
 from ropool.ops._device import device_of
+from ropool.ops._signature import metadata
 from ropool.ops._validate import wrong_option
 
 _LIBRARY = torch.library.Library("ropool", "DEF")
@@ -116,38 +117,36 @@ class Op:
 
     def _run(self, args: Args, options: tuple[Any, ...], backend: str | None) -> None:
         try:
-            signature = (
-                self.name,
-                backend,
-                options,
-                _grad_enabled(),
-                *[
-                    None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
-                    for t in args
-                ],
-            )
+            signature = (self.name, backend, options, metadata(args), self._needing_grad(args))
             launch = cache.launches.get(signature)
-        except (AttributeError, TypeError):
-            # Something without a shape, or an unhashable option: say which.
-            self._check_types(args, options, backend)
-            raise
+        except (AttributeError, BufferError, RuntimeError, TypeError, ValueError):
+            # No tensor, a tensor of an unusual kind, an unhashable option: validation says which.
+            launch = signature = None
         if launch is None:
             launch = self._bind(args, options, backend)
-            cache.keep(signature, launch)
+            if signature is not None:
+                cache.keep(signature, launch)
         launch(args)
+
+    def _needing_grad(self, args: Args) -> str | None:
+        """The first tensor that a backward pass would need a gradient for."""
+        if _grad_enabled():
+            for name, tensor in zip(self.tensors, args, strict=True):
+                if tensor is not None and tensor.requires_grad:
+                    return name
+        return None
 
     def _bind(self, args: Args, options: tuple[Any, ...], backend: str | None) -> Launch:
         """Validate a call and find its launch."""
         self._check_types(args, options, backend)
         named = self._options(options)
         key = self._key(args, named)
-        if _grad_enabled():
-            for name, tensor in zip(self.tensors, args, strict=True):
-                if tensor is not None and tensor.requires_grad:
-                    raise RuntimeError(
-                        f"ropool.{self.name}: {name} requires grad, but the op has no backward; "
-                        "call it under torch.no_grad() or torch.inference_mode()"
-                    )
+        name = self._needing_grad(args)
+        if name is not None:
+            raise RuntimeError(
+                f"ropool.{self.name}: {name} requires grad, but the op has no backward; "
+                "call it under torch.no_grad() or torch.inference_mode()"
+            )
         device = args[0].device
         if device.type == "meta":
             return _nothing
