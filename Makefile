@@ -80,7 +80,7 @@ typecheck: $(STAMPS)/test ## mypy
 
 docs: $(STAMPS)/test ## the site, in site/
 	@echo "==> mkdocs"
-	@$(BIN)/mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 pytest: $(STAMPS)/test ## the tests alone; ARGS="-k name" narrows them
 	@echo "==> pytest"
