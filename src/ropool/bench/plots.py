@@ -56,8 +56,8 @@ def draw_op(rows: Sequence[Row], title: str) -> Figure:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False,
-        fontsize=9,
+        handles.values(), handles.keys(), loc="outside lower center", frameon=False,
+        ncols=4 if len(dtypes) > 1 else 2, fontsize=9,
     )  # fmt: skip
     figure.suptitle(f"{rows[0].op}  ({title})", fontsize=11)
     return figure

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -75,15 +76,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print each workload's table when it is done, and write the files."""
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-    load = load_average()
-    if load is not None and load > BUSY_LOAD:
-        print(f"warning: the load average is {load:.1f}; on a busy machine the figures mean little")
     if args.overhead:
+        warned_load()
         found = overhead()
         print("\n".join(found.lines()))
         if args.out is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "overhead.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
         return 0
     if args.rounds < 1:
@@ -100,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         from ropool.bench.plots import draw  # before the measuring, should it not be installed
 
+        args.out.mkdir(parents=True, exist_ok=True)
+    load = warned_load()
     rows: list[Row] = []
     numbered = itertools.count(1)
 
@@ -116,6 +116,17 @@ def run(args: argparse.Namespace) -> int:
         names = ["results.json", "results.csv", "machine.json", *[path.name for path in pictures]]
         print(f"wrote {', '.join(names)} to {args.out}")
     return WRONG_RESULT if any(row.correct is False for row in rows) else 0
+
+
+def warned_load() -> float | None:
+    """The load average; a word on stderr when it is too high to measure."""
+    load = load_average()
+    if load is not None and load > BUSY_LOAD:
+        print(
+            f"warning: the load average is {load:.1f}; on a busy machine the figures mean little",
+            file=sys.stderr,
+        )
+    return load
 
 
 def load_average() -> float | None:

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import logging as hub_logging
 from transformers.utils import logging
 
-from ropool.dispatch import chosen
+from ropool.dispatch import cache, chosen
 from ropool.engine import Engine, Request, SamplingParams
 from ropool.errors import RopoolError
 from ropool.integrations.transformers import load
@@ -41,15 +41,44 @@ def add_parser(subparsers: Any) -> None:
         metavar="smollm2|DIR|FILE.gguf|HUB_ID",
         help="default: smollm2, SmolLM2-135M-Instruct",
     )
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "xpu", "mps"])
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
-    parser.add_argument("--kv-cache-dtype", default="auto", choices=CACHE_DTYPES)
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=["auto", "cpu", "cuda", "xpu", "mps"],
+        help="default: a GPU if there is one",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="default: float32 on a CPU, bfloat16 elsewhere",
+    )
+    parser.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        choices=CACHE_DTYPES,
+        help="of the KV pool; default: the model's",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=128,
+        metavar="N",
+        help="a prompt; default: %(default)s",
+    )
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy"
     )
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="X")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of every prompt")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="sample among the likeliest tokens that add up to X; default: %(default)s, all",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of every prompt; default: %(default)s"
+    )
     parser.add_argument(
         "--pool-tokens", type=int, metavar="N", help="slots of the KV pool; default: what is needed"
     )
@@ -65,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     prompts = _prompts(args)
     device = _device(args.device)
+    cache.clear()  # `chosen` is then what this run bound
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -80,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
         dtype = cache_dtype or model.spec.dtype
         slot_bytes = 2 * len(model.spec.windows) * model.spec.heads_kv * model.spec.head_dim
         most = POOL_BYTES // (slot_bytes * dtype.itemsize)
-        pool_tokens = _pool_tokens([len(prompt) for prompt in tokens], params, most)
+        context = model.spec.max_position
+        pool_tokens = _pool_tokens([len(prompt) for prompt in tokens], params, context, most)
     else:
         pool_tokens = args.pool_tokens
     engine = Engine(
@@ -102,8 +133,11 @@ def run(args: argparse.Namespace) -> int:
 def _prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompts)
     if args.prompts_file is not None:
-        lines = Path(args.prompts_file).read_text(encoding="utf-8").splitlines()
-        prompts += [line for line in lines if line.strip()]
+        try:
+            with Path(args.prompts_file).open(encoding="utf-8-sig") as file:
+                prompts += [line.rstrip("\n") for line in file if line.strip()]
+        except UnicodeDecodeError as error:
+            raise RopoolError(f"{args.prompts_file} is not UTF-8 text: {error}") from error
     if not prompts:
         raise RopoolError("no prompt: give one or more PROMPT, or --prompts-file")
     return prompts
@@ -138,10 +172,10 @@ def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
     return list(tokenizer(prompt)["input_ids"])
 
 
-def _pool_tokens(prompt_tokens: list[int], params: SamplingParams, most: int) -> int:
+def _pool_tokens(prompt_tokens: list[int], params: SamplingParams, context: int, most: int) -> int:
     """Room for every request at once, within `most`, but always for the largest one."""
     needs = sorted((tokens + params.max_new_tokens for tokens in prompt_tokens), reverse=True)
-    rounded = [-(-need // 16) * 16 for need in needs[:MAX_REQUESTS]]
+    rounded = [-(-min(need, context) // 16) * 16 for need in needs[:MAX_REQUESTS]]
     return max(rounded[0], min(sum(rounded), most))
 
 

@@ -32,3 +32,4 @@ def clear() -> None:
     """Forget every decision."""
     launches.clear()
     selections.clear()
+    chosen.clear()

@@ -37,6 +37,8 @@ def converted(path: Path, report: Callable[[str], None]) -> Path:
     directory = _cache_directory() / f"{path.stem}-{_identity(path)}"
     if directory.is_dir():
         return directory
+    if (family := _architecture(path)) is not None:
+        require_covered(family)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _locked(directory.with_name(directory.name + ".lock")):
         if directory.is_dir():
@@ -55,8 +57,6 @@ def converted(path: Path, report: Callable[[str], None]) -> Path:
 def _convert(path: Path, target: Path) -> None:
     from transformers import GgufConfig  # not in every release that directories load with
 
-    if (family := _architecture(path)) is not None:
-        require_covered(family)
     bars = logging.is_progress_bar_enabled()
     logging.enable_progress_bar()
     try:
