@@ -8,10 +8,13 @@
 namespace ropool::cpu {
 namespace {
 
-// Bytes moved below which one thread is faster than waking another, the bytes of a piece of work, and the bytes
-// written to the pool above which they would only push other data out of the caches. Measured; see the benchmarks.
-constexpr std::int64_t kThreadedBytes = 512 * 1024;
-constexpr std::int64_t kPieceBytes = 128 * 1024;
+// Bytes moved below which one thread is faster than two.
+constexpr std::int64_t kThreadedBytes = 128 * 1024;
+// A call is cut into so many pieces, so that threads end together, each within these sizes.
+constexpr std::int64_t kPieces = 8;
+constexpr std::int64_t kLeastPieceBytes = 8 * 1024;
+constexpr std::int64_t kMostPieceBytes = 128 * 1024;
+// Bytes written to the pool above which they would only push other data out of the caches.
 constexpr std::int64_t kStreamBytes = 512 * 1024;
 
 std::int64_t row_bytes(const Rows& rows) { return rows.heads * rows.dim * size_of(rows.dtype); }
@@ -90,8 +93,10 @@ Plan::Plan(Call call) : call_(std::move(call)), kernels_(kernels()) {
     stream_ = stored * call_.tokens >= kStreamBytes;
     // Few wide tokens: cut between heads too, so that every thread has some.
     const std::int64_t most_parts = std::max<std::int64_t>(1, std::max(call_.k.heads, call_.q.heads));
-    parts_ = std::clamp<std::int64_t>(token_bytes / kPieceBytes, 1, most_parts);
-    grain_ = std::max<std::int64_t>(1, kPieceBytes * parts_ / token_bytes);
+    const std::int64_t piece_bytes =
+        std::clamp(token_bytes * call_.tokens / kPieces, kLeastPieceBytes, kMostPieceBytes);
+    parts_ = std::clamp<std::int64_t>(token_bytes / piece_bytes, 1, most_parts);
+    grain_ = std::max<std::int64_t>(1, piece_bytes * parts_ / token_bytes);
 }
 
 }  // namespace ropool::cpu
