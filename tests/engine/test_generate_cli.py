@@ -112,7 +112,13 @@ MISTAKES = {
     "prompt too long": (["x" * 300, "--model", "DIR"], "the model's context holds 256"),
     "pool too small": (["Hi", "--model", "DIR", "--pool-tokens", "16"], "the pool has 16 slots"),
     "no pool": (["Hi", "--model", "DIR", "--pool-tokens", "0"], "pool of 0 tokens"),
+    "no such pool": (
+        ["Hi", "--model", "DIR", "--pool-tokens", "9" * 14],
+        "does not fit the memory",
+    ),
     "no prompt": (["--model", "DIR"], "no prompt"),
+    "no text": (["caf\udce9", "--model", "DIR"], "is not UTF-8 text"),
+    "a file that is no text": (["--prompts-file", sys.executable], "is not UTF-8 text"),
     "no tokens": (["", "--model", "DIR", "--no-chat-template"], "the prompt is empty"),
     "no prompts file": (["--prompts-file", "/no/file"], "/no/file"),
     "temperature": (["Hi", "--temperature", "-1"], "temperature is -1"),

@@ -119,7 +119,16 @@ def test_a_truncated_gguf(gguf_file: Path, tmp_path: Path, cache: Path, part: fl
         load(str(path))
     assert "\n" not in str(caught.value)
     assert "truncated" in str(caught.value) or "no GGUF file" in str(caught.value)
-    assert [entry.suffix for entry in cache.iterdir()] == [".lock"]
+    left = [entry.suffix for entry in cache.iterdir()] if cache.exists() else []
+    assert left in ([], [".lock"])  # no conversion, whole or partial
+
+
+def test_a_damaged_conversion_says_what_to_delete(gguf_file: Path, cache: Path) -> None:
+    load(str(gguf_file))
+    [weights] = cache.glob("*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(RopoolError, match=f"delete {weights.parent} to convert it again"):
+        load(str(gguf_file))
 
 
 def test_a_gguf_of_another_family(tmp_path: Path) -> None:

@@ -86,6 +86,28 @@ def test_abort_gives_the_slots_back(model: PooledModel) -> None:
     engine.cache.allocator.check_no_leak()
 
 
+def test_an_aborted_request_has_no_more_events_and_a_left_stream_goes_on(
+    model: PooledModel,
+) -> None:
+    engine = Engine(model, pool_tokens=256)
+    params = SamplingParams(max_new_tokens=4)
+    first, second, third = (engine.add([n] * 5, params) for n in (1, 2, 3))
+    for event in engine.stream():
+        assert event.request is first
+        engine.abort(second)
+        break
+    rest = [event.request for event in engine.stream()]
+    assert rest.count(first) == 3 and rest.count(third) == 4 and second not in rest
+
+
+@pytest.mark.parametrize("token", [-1, 10**9, "a", 1.0])
+def test_a_token_outside_the_vocabulary_is_refused(model: PooledModel, token: object) -> None:
+    engine = Engine(model, pool_tokens=256)
+    with pytest.raises(RopoolError, match=r"the prompt has token .*; allowed: 0 to \d+"):
+        engine.add([1, token])  # type: ignore[list-item]
+    assert engine.unfinished == 0
+
+
 def test_a_seed_decides_a_text_whatever_the_batch(model: PooledModel) -> None:
     prompts = tiny.prompts(6, longest=30, seed=5)
     params = [

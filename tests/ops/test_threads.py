@@ -97,7 +97,7 @@ def test_concurrent_calls_that_share_inputs(backend: Backend) -> None:
 
 
 _FORKS = """
-import os, signal, sys, torch, ropool
+import dataclasses, os, signal, sys, torch, ropool
 signal.alarm(60)
 from oracle import compare, expected
 from ops.backend import BACKENDS
@@ -107,20 +107,32 @@ backend = next(b for b in BACKENDS if b.name == sys.argv[1])
 case = Case(op="rope_store_kv_", tokens=300, heads_q=32, heads_kv=8, head_dim=64, pages=100)
 args = arguments(case)
 wanted = expected(case.op, args)
-first, second, third = (placed(args, backend.device) for _ in range(3))
+first, third = (placed(args, backend.device) for _ in range(2))
 ropool.rope_store_kv_(**first, backend=backend.name)
 compare(args, first, wanted)
-child = os.fork()
-if child == 0:
-    signal.alarm(60)
-    # PyTorch's own threads do not outlive a fork. A backend must do without its own.
-    if backend.name == "reference":
-        torch.set_num_threads(1)
-    ropool.rope_store_kv_(**second, backend=backend.name)
-    torch.set_num_threads(1)
-    compare(args, second, wanted)
-    os._exit(7)
-assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7, "the child failed or hung"
+
+def forked(generations):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        # PyTorch's own threads do not outlive a fork. A backend must do without its own.
+        threads = 1 if backend.name == "reference" else 2
+        for args, after, wanted in ragged[generations]:
+            torch.set_num_threads(threads)
+            ropool.rope_store_kv_(**after, backend=backend.name)
+            torch.set_num_threads(1)
+            compare(args, after, wanted)
+        if generations > 1:
+            forked(generations - 1)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7, "the child failed or hung"
+
+ragged = {1: [], 2: []}
+for generation, lengths in ((2, (300, 257, 131)), (1, (300, 193))):
+    for length in lengths:
+        built = arguments(dataclasses.replace(case, tokens=length))
+        ragged[generation].append((built, placed(built, backend.device), expected(case.op, built)))
+forked(2)
 ropool.rope_store_kv_(**third, backend=backend.name)
 compare(args, third, wanted)
 """

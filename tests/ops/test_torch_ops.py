@@ -271,3 +271,26 @@ def test_meta_tensors_do_nothing() -> None:
     args = placed(arguments(case_for("rope_store_kv_", "default")), "cpu")
     meta: Args = {n: v.to("meta") if isinstance(v, torch.Tensor) else v for n, v in args.items()}
     ropool.rope_store_kv_(**meta)
+
+
+@pytest.mark.parametrize("way", ["compile", "torch op", "func.grad"])
+def test_no_way_to_a_gradient_that_ignores_the_op(way: str) -> None:
+    """There is no backward: where autograd would look at the op, it is refused."""
+    table, positions = torch.randn(64, 64), torch.arange(4)
+
+    def turned(q: torch.Tensor) -> torch.Tensor:
+        q = q * 1
+        if way == "torch op":
+            torch.ops.ropool.rope_(q, None, table, positions, None, False, None, False, None)
+        else:
+            ropool.rope_(q, None, table, positions)
+        return q.sum()
+
+    q = torch.randn(4, 8, 64, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"q requires grad, but the op has no backward"):
+        if way == "func.grad":
+            torch.func.grad(turned)(q.detach())
+        elif way == "compile":
+            torch.compile(turned, backend="aot_eager", fullgraph=True)(q)
+        else:
+            turned(q)

@@ -140,6 +140,9 @@ def _prompts(args: argparse.Namespace) -> list[str]:
             raise RopoolError(f"{args.prompts_file} is not UTF-8 text: {error}") from error
     if not prompts:
         raise RopoolError("no prompt: give one or more PROMPT, or --prompts-file")
+    for prompt in prompts:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise RopoolError(f"prompt {prompt!r} is not UTF-8 text")
     return prompts
 
 

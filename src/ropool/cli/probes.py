@@ -136,7 +136,7 @@ def source() -> str:
         return "ropool"
     record = json.loads(direct)
     url = urlparse(record.get("url", ""))
-    if url.scheme != "file":
+    if url.scheme != "file" or url.path.endswith(".whl"):
         return "ropool"
     folder = shlex.quote(unquote(url.path))
     return f"--editable {folder}" if record.get("dir_info", {}).get("editable") else folder

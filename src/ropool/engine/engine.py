@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -73,13 +74,19 @@ class Engine:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.cache = KVCache(
-            model.spec,
-            pool_tokens=pool_tokens,
-            max_requests=max_requests,
-            max_batch_tokens=max_batch_tokens,
-            dtype=cache_dtype,
-        )
+        try:
+            self.cache = KVCache(
+                model.spec,
+                pool_tokens=pool_tokens,
+                max_requests=max_requests,
+                max_batch_tokens=max_batch_tokens,
+                dtype=cache_dtype,
+            )
+        except (MemoryError, RuntimeError) as error:  # PyTorch raises the latter
+            raise RopoolError(
+                f"a pool of {pool_tokens} tokens does not fit the memory of {model.spec.device}"
+            ) from error
+        self._pending: deque[Event] = deque()
         self.scheduler = Scheduler(
             self.cache, max_requests=max_requests, max_batch_tokens=max_batch_tokens
         )
@@ -93,6 +100,10 @@ class Engine:
         limit, slots = self.model.spec.max_position, self.cache.allocator.slots
         if not prompt:
             raise RopoolError("the prompt is empty: it has no token")
+        vocabulary = self.model.spec.vocabulary
+        for token in prompt:
+            if not isinstance(token, int) or not 0 <= token < vocabulary:
+                raise RopoolError(f"the prompt has token {token!r}; allowed: 0 to {vocabulary - 1}")
         if len(prompt) >= limit:
             raise RopoolError(
                 f"the prompt has {len(prompt)} tokens; the model's context holds {limit}, "
@@ -145,9 +156,14 @@ class Engine:
 
     def stream(self) -> Iterator[Event]:
         """Run until every request has ended; yield each token as it comes. Requests may be added
-        and aborted between two events."""
-        while self.unfinished:
-            yield from self.step()
+        and aborted between two events; an aborted request has none after that."""
+        while self._pending or self.unfinished:
+            if not self._pending:
+                self._pending.extend(self.step())
+                continue
+            event = self._pending.popleft()
+            if event.request.finish_reason is not FinishReason.ABORT:
+                yield event
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | None = None

@@ -19,5 +19,7 @@ class ModelSpec:
     max_position: int
     """Tokens of the context: prompt and answer together."""
     eos_ids: frozenset[int]
+    vocabulary: int
+    """Token ids are below this."""
     dtype: torch.dtype
     device: torch.device

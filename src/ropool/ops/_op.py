@@ -90,6 +90,9 @@ class Op:
             torch.library.register_fake(f"ropool::{qualified}", self._run_fake, lib=_LIBRARY)
         packet = getattr(torch.ops.ropool, name)
         self._overloads = {overload: getattr(packet, overload or "default") for overload in schemas}
+        for overload, registered in self._overloads.items():
+            qualified = f"{name}.{overload}" if overload else name
+            _LIBRARY.impl(qualified, self._below_autograd(registered), "Autograd")
 
     def __call__(
         self, args: Args, options: tuple[Any, ...], backend: str | None, overload: str = ""
@@ -128,6 +131,24 @@ class Op:
                 cache.keep(signature, launch)
         launch(args)
 
+    def _below_autograd(self, registered: Callable[..., None]) -> Callable[..., None]:
+        """What autograd does with a call: without it a gradient would silently skip the op."""
+
+        def call(*values: Any) -> None:
+            self._refuse_gradients(values[: len(self.tensors)])
+            with torch._C._AutoDispatchBelowAutograd():
+                registered(*values)
+
+        return call
+
+    def _refuse_gradients(self, args: Args) -> None:
+        name = self._needing_grad(args)
+        if name is not None:
+            raise RuntimeError(
+                f"ropool.{self.name}: {name} requires grad, but the op has no backward; "
+                "call it under torch.no_grad() or torch.inference_mode()"
+            )
+
     def _needing_grad(self, args: Args) -> str | None:
         """The first tensor that a backward pass would need a gradient for."""
         if _grad_enabled():
@@ -141,12 +162,7 @@ class Op:
         self._check_types(args, options, backend)
         named = self._options(options)
         key = self._key(args, named)
-        name = self._needing_grad(args)
-        if name is not None:
-            raise RuntimeError(
-                f"ropool.{self.name}: {name} requires grad, but the op has no backward; "
-                "call it under torch.no_grad() or torch.inference_mode()"
-            )
+        self._refuse_gradients(args)
         device = args[0].device
         if device.type == "meta":
             return _nothing

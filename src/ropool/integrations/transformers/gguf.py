@@ -72,8 +72,12 @@ def _convert(path: Path, target: Path) -> None:
         if not bars:
             logging.disable_progress_bar()
     require_covered(model.config.model_type)
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    try:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    except Exception as error:  # a full disk comes as an error of the safetensors package
+        reason = str(error).strip().partition("\n")[0]
+        raise RopoolError(f"cannot write the converted model to {target}: {reason}") from error
 
 
 def _architecture(path: Path) -> str | None:

@@ -46,12 +46,18 @@ def load(
         raise
     except Exception as error:  # a directory or a download can be wrong in every way
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise RopoolError(f"cannot load model {name!r}: {reason}") from error
+        where = f" (delete {source} to convert it again)" if _is_converted(name, source) else ""
+        raise RopoolError(f"cannot load model {name!r}: {reason}{where}") from error
     if missing := sorted(info["missing_keys"]):
         raise RopoolError(
             f"cannot load model {name!r}: {len(missing)} weights are missing, one is {missing[0]}"
         )
     return PooledModel(model.eval().to(device)), tokenizer
+
+
+def _is_converted(name: str, source: str | Path) -> bool:
+    """Whether `source` is our own conversion of a GGUF file."""
+    return isinstance(source, Path) and source != Path(name).expanduser()
 
 
 def _find(name: str, report: Callable[[str], None]) -> str | Path:

@@ -63,6 +63,7 @@ class PooledModel:
             windows=tuple(windows),
             max_position=context,
             eos_ids=_eos_ids(model),
+            vocabulary=weight.shape[0],
             dtype=weight.dtype,
             device=weight.device,
         )
