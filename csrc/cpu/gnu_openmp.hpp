@@ -7,7 +7,8 @@
 
 namespace ropool::cpu {
 
-// GOMP_parallel of libgomp's ABI: calls `fn(data)` on `threads` threads, the caller's included, and waits for all.
+// GOMP_parallel of libgomp's ABI: calls `fn(data)` on `threads` threads, the caller's included, and waits for all;
+// 0 means as many as the caller's `omp_set_num_threads` said, which is how PyTorch sizes its team.
 using TeamFn = void (*)(void (*fn)(void*), void* data, unsigned threads, unsigned flags);
 
 // Null without such a runtime. Looked up once; PyTorch's own is preferred to another package's.

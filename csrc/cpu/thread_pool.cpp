@@ -177,9 +177,10 @@ void parallel_for(std::int64_t units, std::int64_t grain, int threads, RangeFn r
         pool().run(units, grain, threads, range, context);
         return;
     }
+    // 0: the whole team as PyTorch set it. A smaller one would make the runtime end the other threads, and PyTorch's
+    // next operator would have to start them again.
     TeamJob job{units, grain, range, context};
-    const std::int64_t pieces = (units + grain - 1) / grain;
-    team(TeamJob::work, &job, static_cast<unsigned>(std::min<std::int64_t>(threads, pieces)), 0);
+    team(TeamJob::work, &job, 0, 0);
 }
 
 }  // namespace ropool::cpu
