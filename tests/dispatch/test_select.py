@@ -114,7 +114,8 @@ def test_explain_lists_every_kernel_with_a_reason(fake_backend: None) -> None:
     assert reports["fake/k"].chosen
     assert reports["abacus/k"].reason == "this machine has no abacus"
     assert reports["reference/rope"].reason == "fake/k is preferred"
-    reports = {r.kernel.label: r for r in explain("rope_", Device("cuda", "NVIDIA H200", "sm_90"), KEY)}
+    gpu = Device("cuda", "NVIDIA H200", "sm_90")
+    reports = {r.kernel.label: r for r in explain("rope_", gpu, KEY)}
     assert reports["fake/k"].reason == "runs on cpu, not on cuda"
 
 
