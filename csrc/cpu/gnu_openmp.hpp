@@ -1,7 +1,7 @@
 // The team of GNU's OpenMP runtime, if the process has loaded one: PyTorch's Linux builds bring it.
 //
 // Its threads spin for milliseconds after each operator of PyTorch, just when a call comes here. Threads of our own
-// would share the processors with them: on two processors the call took twice as long. So the work goes to that team;
+// would have to share the processors with them while they spin. So the work goes to that team;
 // the runtime is looked up in the process, never linked, since a second one would be one team more.
 #pragma once
 

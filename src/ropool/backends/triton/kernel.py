@@ -47,8 +47,8 @@ def rotated_heads(
     MROPE_T: tl.constexpr, MROPE_H: tl.constexpr, MROPE_W: tl.constexpr,
     MROPE_INTERLEAVED: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Load, normalise and rotate a block of heads: both dims of the pairs, the rest (a placeholder
-    with `REST_BLOCK` 0), and which tokens stand in the table."""
+    """Load, normalise and rotate a block of heads: both dims of the pairs, the rest (the
+    first dims again with `REST_BLOCK` 0, unused), and which tokens stand in the table."""
     mask = here[:, :, None]
     first, second = load_pairs(x, start, mask, HALF, HALF_BLOCK, INTERLEAVED)
     rest = first
