@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ropool.dispatch.settings import override
 from ropool.rotary import (
     DynamicNTKScaling,
     LongRopeScaling,
@@ -128,3 +129,19 @@ def test_options_are_the_keyword_arguments_of_the_ops() -> None:
         "mrope_section": (4, 2, 2),
         "mrope_interleaved": True,
     }
+
+
+def test_a_layer_claims_a_step_once() -> None:
+    class Step:
+        pass
+
+    first, second = Step(), Step()
+    rope, other = RotaryEmbedding(config()), RotaryEmbedding(config())
+    with override(check=True):
+        rope.claim(first, 0)
+        rope.claim(first, 1)
+        rope.claim(second, 0)
+        with pytest.raises(RuntimeError, match="layer 1 has rotated and stored its K in this step"):
+            other.claim(first, 1)
+    with override(check=False):
+        rope.claim(first, 1)

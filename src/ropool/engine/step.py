@@ -43,7 +43,7 @@ class AttentionGroup(NamedTuple):
     first token on."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """One forward pass over `T` tokens of any number of requests; int64 metadata on the model's
     device."""

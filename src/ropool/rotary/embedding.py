@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
 
+from ropool.dispatch.settings import current
 from ropool.rotary.config import RotaryConfig, RotaryOptions
 from ropool.rotary.frequencies import length_range
 from ropool.rotary.table import cos_sin_cache
+
+_claims: WeakKeyDictionary[object, set[int]] = WeakKeyDictionary()
+"""The layers that have claimed each step; kept only while checks are on."""
 
 
 class RotaryEmbedding:
@@ -90,3 +96,22 @@ class RotaryEmbedding:
         if len(self._tables) > 2:
             del self._tables[next(iter(self._tables))]
         return table is not before
+
+    @staticmethod
+    def claim(step: object, layer: int) -> None:
+        """Say that `layer` is about to rotate and store its K of `step`, an object that stands for
+        one forward pass and can be weakly referenced.
+
+        With checks on (`ROPOOL_CHECK=1`) a second claim raises `RuntimeError`, whichever embedding
+        the first was made with: K would be rotated twice, or stored again by a path that does not
+        know that an op has stored it. With checks off this does nothing.
+        """
+        if not current().check:
+            return
+        layers = _claims.setdefault(step, set())
+        if layer in layers:
+            raise RuntimeError(
+                f"ropool.RotaryEmbedding.claim: layer {layer} has rotated and stored its K in this "
+                "step already; allowed: once a layer and step"
+            )
+        layers.add(layer)

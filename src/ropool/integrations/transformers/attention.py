@@ -50,6 +50,7 @@ class PooledAttention(nn.Module):
         qkv = self.qkv_proj(hidden_states).view(len(hidden_states), -1, self.head_dim)
         q, k, v = qkv.split(self.heads, dim=1)
         cache = step.layers[self.layer]
+        self.rotary.claim(step, self.layer)
         rope_store_kv_(
             q,
             k,
