@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     cache_dtype = CACHE_DTYPES[args.kv_cache_dtype]
     if args.pool_tokens is None:
         dtype = cache_dtype or model.spec.dtype
-        slot_bytes = 2 * len(model.spec.windows) * model.spec.heads_kv * model.spec.head_dim
+        slot_bytes = 2 * len(model.spec.windows) * model.spec.row.heads * model.spec.row.head_dim
         most = POOL_BYTES // (slot_bytes * dtype.itemsize)
         context = model.spec.max_position
         pool_tokens = _pool_tokens([len(prompt) for prompt in tokens], params, context, most)

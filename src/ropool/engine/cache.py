@@ -65,8 +65,8 @@ class KVCache:
                 layers=layers,
                 pages=pages,
                 page_size=PAGE_SIZE,
-                heads=spec.heads_kv,
-                head_dim=spec.head_dim,
+                heads=spec.row.heads,
+                head_dim=spec.row.head_dim,
                 dtype=dtype or spec.dtype,
                 device=spec.device,
             )

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+
+class KVRow(NamedTuple):
+    """A token's row in the pool of a layer: its K and V heads."""
+
+    heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """What the engine knows of a model before it runs; read from the config by an integration."""
 
-    heads_kv: int
-    head_dim: int
+    row: KVRow
+    """What every layer keeps of a token."""
     windows: tuple[int | None, ...]
     """For each layer the tokens that its sliding window holds, the query's own included; `None`:
     all."""

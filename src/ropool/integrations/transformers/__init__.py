@@ -1,6 +1,7 @@
 """Models of the `transformers` library over ropool's pool."""
 
+from ropool.integrations.transformers.families import FAMILIES
 from ropool.integrations.transformers.load import load
-from ropool.integrations.transformers.model import FAMILIES, PooledModel
+from ropool.integrations.transformers.model import PooledModel
 
 __all__ = ["FAMILIES", "PooledModel", "load"]

@@ -1,53 +1,73 @@
-"""The attention module that stands in a loaded model's `self_attn` places.
+"""The attention module that stands in a loaded model's attention places.
 
 The library's own seams were looked at first. Its attention interface and cache class begin after
 the layer has rotated Q and K, its hook for the rotation needs the `kernels` package and sees
 neither V nor the slots: going through them means a second pass over K, or a rotation that is
-undone. So the `self_attn` instances of the one loaded model are replaced; no class and no global of
+undone. So the attention instances of the one loaded model are replaced; no class and no global of
 the library is touched, and everything else in the model stays its own.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ropool.engine.attention import paged_attention
+from ropool.engine.spec import KVRow
 from ropool.engine.step import Step
 from ropool.ops import rope_store_kv_
 from ropool.rotary import RotaryEmbedding
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionParts:
+    """What `PooledAttention` takes over from an attention module, whatever that calls it."""
+
+    qkv_proj: nn.Linear
+    """All heads of Q, then those of K, then those of V; with biases where the module has them."""
+    o_proj: nn.Linear
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    scale: float
+    """Of the scores, before the softmax."""
+    window: int | None
+    """Tokens that the sliding window holds, the query's own included; `None`: all."""
+    q_norm_weight: Tensor | None = None
+    """`[D]`, of the RMSNorm before the rotation; `None`: no norm."""
+    k_norm_weight: Tensor | None = None
+    norm_eps: float = 0.0
+
+
 class PooledAttention(nn.Module):
     """Attention whose QKV projection is one matrix and whose K and V go straight into the pool.
 
-    Takes over the weights of `original`, an attention module of a covered family: biases, QK-norm
-    and output projection included. Between projection and attention stands one `rope_store_kv_`
-    call, which normalises, rotates and stores.
+    Between projection and attention stands one `rope_store_kv_` call, which normalises, rotates and
+    stores.
     """
 
-    def __init__(self, original: Any, layer: int, rotary: RotaryEmbedding) -> None:
+    def __init__(self, parts: AttentionParts, layer: int, rotary: RotaryEmbedding) -> None:
         super().__init__()
         self.layer = layer
         self.rotary = rotary
         self.rope_options: dict[str, Any] = dict(rotary.options)
-        self.head_dim: int = original.head_dim
-        self.scale: float = original.scaling
-        projections = (original.q_proj, original.k_proj, original.v_proj)
-        self.heads = [projection.out_features // self.head_dim for projection in projections]
-        self.qkv_proj = _pack(projections)
-        self.o_proj: nn.Linear = original.o_proj
-        norms = getattr(original, "q_norm", None), getattr(original, "k_norm", None)
-        self.q_norm_weight, self.k_norm_weight = (norm and norm.weight for norm in norms)
-        if norms[0] is not None:
-            self.rope_options["norm_eps"] = norms[0].variance_epsilon
+        self.row = KVRow(parts.heads_kv, parts.head_dim)
+        self.window = parts.window
+        self.scale = parts.scale
+        self.heads = [parts.heads_q, parts.heads_kv, parts.heads_kv]
+        self.qkv_proj = parts.qkv_proj
+        self.o_proj = parts.o_proj
+        self.q_norm_weight, self.k_norm_weight = parts.q_norm_weight, parts.k_norm_weight
+        if parts.q_norm_weight is not None or parts.k_norm_weight is not None:
+            self.rope_options["norm_eps"] = parts.norm_eps
 
     def forward(self, hidden_states: Tensor, step: Step, **_: object) -> tuple[Tensor, None]:
-        """`hidden_states` `[T, hidden]`; the decoder layer passes `step` through and ignores the
+        """`hidden_states` `[1, T, hidden]`; the decoder layer passes `step` through and ignores the
         second result."""
-        qkv = self.qkv_proj(hidden_states).view(len(hidden_states), -1, self.head_dim)
+        qkv = self.qkv_proj(hidden_states[0]).unflatten(-1, (-1, self.row.head_dim))
         q, k, v = qkv.split(self.heads, dim=1)
         cache = step.layers[self.layer]
         self.rotary.claim(step, self.layer)
@@ -68,11 +88,31 @@ class PooledAttention(nn.Module):
             **self.rope_options,
         )
         out = paged_attention(q, step, self.layer, self.scale)
-        return self.o_proj(out.flatten(1)), None
+        return self.o_proj(out.flatten(1))[None], None
+
+
+def separate_projections(original: Any, window: int | None) -> AttentionParts:
+    """The parts of a module with `q_proj`, `k_proj`, `v_proj`, `o_proj` and, perhaps, `q_norm` and
+    `k_norm`."""
+    projections = (original.q_proj, original.k_proj, original.v_proj)
+    head_dim: int = original.head_dim
+    q_norm, k_norm = (getattr(original, name, None) for name in ("q_norm", "k_norm"))
+    return AttentionParts(
+        qkv_proj=pack(projections),
+        o_proj=original.o_proj,
+        heads_q=projections[0].out_features // head_dim,
+        heads_kv=projections[1].out_features // head_dim,
+        head_dim=head_dim,
+        scale=original.scaling,
+        window=window,
+        q_norm_weight=q_norm and q_norm.weight,
+        k_norm_weight=k_norm and k_norm.weight,
+        norm_eps=q_norm.variance_epsilon if q_norm is not None else 0.0,
+    )
 
 
 @torch.no_grad()
-def _pack(projections: tuple[nn.Linear, ...]) -> nn.Linear:
+def pack(projections: tuple[nn.Linear, ...]) -> nn.Linear:
     """One projection that computes the outputs of all, side by side."""
     first = projections[0]
     packed = nn.Linear(

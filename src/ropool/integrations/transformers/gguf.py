@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ropool.errors import RopoolError
-from ropool.integrations.transformers.model import require_covered
+from ropool.integrations.transformers.families import family_of
 
 _FORMAT = 1
 """Raised when what is written changes, so that older conversions are not read."""
@@ -38,7 +38,7 @@ def converted(path: Path, report: Callable[[str], None]) -> Path:
     if directory.is_dir():
         return directory
     if (family := _architecture(path)) is not None:
-        require_covered(family)
+        family_of(family)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _locked(directory.with_name(directory.name + ".lock")):
         if directory.is_dir():
@@ -71,7 +71,7 @@ def _convert(path: Path, target: Path) -> None:
     finally:
         if not bars:
             logging.disable_progress_bar()
-    require_covered(model.config.model_type)
+    family_of(model.config.model_type)
     try:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)

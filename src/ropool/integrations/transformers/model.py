@@ -5,22 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ropool.engine.spec import ModelSpec
 from ropool.engine.step import Step
 from ropool.errors import RopoolError
-from ropool.integrations.transformers.attention import PooledAttention
+from ropool.integrations.transformers.families import family_of
 from ropool.rotary import RotaryConfig, RotaryEmbedding, length_range
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""The `model_type`s whose decoder layers are known to have the shape that `PooledModel` runs."""
-
-
-def require_covered(family: str) -> None:
-    """Raise `RopoolError` for a model family that is not covered."""
-    if family not in FAMILIES:
-        raise RopoolError(f"model family {family!r} is not covered; covered: {', '.join(FAMILIES)}")
 
 
 class PooledModel:
@@ -36,31 +27,31 @@ class PooledModel:
 
     def __init__(self, model: Any) -> None:
         config = model.config
-        require_covered(config.model_type)
-        try:
-            rotary_config = RotaryConfig.from_hf(config)
-        except ValueError as error:
-            raise RopoolError(str(error)) from error
-        # LongRoPE and dynamic NTK change their frequencies with the length, which requests of one
-        # batch do not share: the context is then the part before the first change.
-        last = length_range(rotary_config, 1)[1]
-        context: int = config.max_position_embeddings
-        context = context if last is None else min(context, last)
+        family = family_of(config.model_type)
+        decoder = family.decoder(model)
         self._embed = model.get_input_embeddings()
-        self._layers = model.model.layers[: config.num_hidden_layers]
-        self._norm = model.model.norm
-        self._head = model.get_output_embeddings()
+        self._layers = decoder.layers[: config.num_hidden_layers]
+        self._norm = getattr(decoder, family.norm_name)
+        self._head = family.head(model)
         weight = self._embed.weight
-        rotary = RotaryEmbedding(rotary_config, context, device=weight.device)
-        windows = []
+        rotations = _rotations(config)
+        context: int = config.max_position_embeddings
+        for rotation in rotations:
+            # LongRoPE and dynamic NTK change their frequencies with the length, which requests of
+            # one batch do not share: the context is then the part before the first change.
+            context = min(context, length_range(rotation, 1)[1] or context)
+        tables = {
+            rotation: RotaryEmbedding(rotation, context, device=weight.device)
+            for rotation in set(rotations)
+        }
+        attentions = []
         for number, layer in enumerate(self._layers):
-            original = layer.self_attn
-            windows.append(_window(config, original))
-            layer.self_attn = PooledAttention(original, number, rotary)
+            original = getattr(layer, family.attention_name)
+            attentions.append(family.attention(original, number, tables[rotations[number]]))
+            setattr(layer, family.attention_name, attentions[-1])
         self.spec = ModelSpec(
-            heads_kv=config.num_key_value_heads,
-            head_dim=original.head_dim,
-            windows=tuple(windows),
+            row=attentions[0].row,
+            windows=tuple(attention.window for attention in attentions),
             max_position=context,
             eos_ids=_eos_ids(model),
             vocabulary=weight.shape[0],
@@ -71,19 +62,22 @@ class PooledModel:
     @torch.inference_mode()
     def forward(self, step: Step) -> Tensor:
         """See `ropool.engine.model.CausalModel`."""
-        hidden = self._embed(step.tokens)
+        # The library's layers know batches only, and some of its MoE blocks insist.
+        hidden = self._embed(step.tokens[None])
         for layer in self._layers:
             hidden = layer(hidden, step=step)
-        return self._head(self._norm(hidden[step.sample_rows])).float()
+        return self._head(self._norm(hidden[0, step.sample_rows])).float()
 
 
-def _window(config: Any, attention: nn.Module) -> int | None:
-    """The sliding window of a layer: the Qwen families keep it in the layer, Mistral in the config
-    for all layers."""
-    window: int | None = getattr(attention, "sliding_window", None)
-    if config.model_type == "mistral":
-        window = getattr(config, "sliding_window", None)
-    return window
+def _rotations(config: Any) -> list[RotaryConfig]:
+    """The rotation of each layer; they may differ by the kind of layer."""
+    layers: int = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or [None] * layers
+    try:
+        by_kind = {kind: RotaryConfig.from_hf(config, kind) for kind in set(kinds)}
+    except ValueError as error:
+        raise RopoolError(str(error)) from error
+    return [by_kind[kind] for kind in kinds[:layers]]
 
 
 def _eos_ids(model: Any) -> frozenset[int]:

@@ -1,0 +1,27 @@
+"""The model families that the engine runs: one record for each `model_type`.
+
+A family whose decoder is put together like another's shares its record. One that is not gets a
+record of its own, in a file of its own when its attention is read in another way too.
+"""
+
+from __future__ import annotations
+
+from ropool.errors import RopoolError
+from ropool.integrations.transformers.families.family import Family
+from ropool.integrations.transformers.families.llama import LLAMA, MISTRAL
+
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+}
+"""`model_type` -> how its models are taken apart."""
+
+
+def family_of(model_type: str) -> Family:
+    """The record of a family. Raises `RopoolError` for one that is not covered."""
+    if model_type not in FAMILIES:
+        covered = ", ".join(sorted(FAMILIES))
+        raise RopoolError(f"model family {model_type!r} is not covered; covered: {covered}")
+    return FAMILIES[model_type]

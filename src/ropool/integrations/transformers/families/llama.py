@@ -1,0 +1,28 @@
+"""Families with a decoder like Llama's: separate projections, one norm before each half of a layer.
+
+Biases and QK-norms are taken where a module has them, so Qwen2 and Qwen3 need nothing of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ropool.integrations.transformers.attention import PooledAttention, separate_projections
+from ropool.integrations.transformers.families.family import Family
+from ropool.rotary import RotaryEmbedding
+
+
+def _attention(original: Any, layer: int, rotary: RotaryEmbedding) -> PooledAttention:
+    # The Qwen families keep the window of a layer in the layer.
+    window = getattr(original, "sliding_window", None)
+    return PooledAttention(separate_projections(original, window), layer, rotary)
+
+
+def _mistral_attention(original: Any, layer: int, rotary: RotaryEmbedding) -> PooledAttention:
+    parts = separate_projections(original, original.config.sliding_window)
+    return PooledAttention(parts, layer, rotary)
+
+
+LLAMA = Family(attention=_attention)
+MISTRAL = Family(attention=_mistral_attention)
+"""As Llama, with one window for all layers, which only the config knows."""
