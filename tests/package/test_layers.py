@@ -21,7 +21,7 @@ LEVELS = (
 """The parts from the lowest to the highest; a part imports itself and what stands lower, and those
 of the top level each other."""
 
-BELOW_ANY = {"dispatch.key", "dispatch.spec", "dispatch.cache"}
+BELOW_ANY = {"dispatch.key", "dispatch.spec", "dispatch.cache", "dispatch.tuning"}
 """The interface between ops and kernels: plain records, which backends read too."""
 
 SOURCES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE]

@@ -1,0 +1,189 @@
+"""Tuning tables: how a kernel is best laid out on a device, as measured on a device of that name.
+
+A table belongs to one backend and one device name. Those that come with ropool stand in `tables/`;
+`ropool tune` writes the user's, whose entries go before ours. What a choice means is its backend's
+matter: here it is a record of plain values. A device without a table gets the backend's default,
+never the numbers of another device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ropool.dispatch import cache
+from ropool.dispatch.key import Key
+
+FORMAT = 1
+Choice = Mapping[str, Any]
+"""How a kernel is laid out, in the words of its backend."""
+Subject = tuple[tuple[str, Any], ...]
+"""The fields of a key that a table is indexed by, those at their default left out."""
+
+_FIELDS = (
+    *("op", "dtype", "heads_q", "heads_kv", "head_dim", "v_head_dim", "latent_dim", "rotary_dim"),
+    *("pool_dtype", "row_format", "q_out_dtype", "write_k"),
+)
+
+
+def subject(key: Key) -> Subject:
+    """What of `key` decides how much work a token is. Layouts, pairings and index dtypes change an
+    address or a permutation, not the bytes, and share an entry."""
+    normed = key.q_norm_dtype is not None or key.k_norm_dtype is not None
+    found = [(name, getattr(key, name)) for name in _FIELDS] + [("norm", normed)]
+    return tuple((name, value) for name, value in found if value not in (None, 0, False))
+
+
+@dataclass(slots=True)
+class Table:
+    """What was measured for `backend` on devices that call themselves `device`.
+
+    `entries` maps a subject to choices by the number of tokens that they were measured with;
+    `rules` is what the backend does for subjects without an entry, in its own words.
+    `measured_with` names versions.
+    """
+
+    backend: str
+    device: str
+    measured_with: dict[str, str] = field(default_factory=dict)
+    rules: dict[str, Any] = field(default_factory=dict)
+    entries: dict[Subject, dict[int, Choice]] = field(default_factory=dict)
+
+    def choice(self, key: Key, tokens: int) -> Choice | None:
+        """The choice that was measured with the number of tokens nearest in ratio to `tokens`."""
+        choices = self.entries.get(subject(key))
+        if not choices:
+            return None
+        return choices[min(choices, key=lambda count: (abs(math.log(count / tokens)), count))]
+
+    def update(self, other: Table) -> None:
+        """Take over what `other` holds; it goes before what is here."""
+        self.measured_with |= other.measured_with
+        self.rules |= other.rules
+        for what, choices in other.entries.items():
+            self.entries[what] = self.entries.get(what, {}) | choices
+
+
+def file_name(backend: str, device: str) -> str:
+    """The name of a table's file, such as `cuda-nvidia-h200.json`."""
+    return f"{backend}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+
+
+def user_folder() -> Path:
+    """Where the user's tables are: `ROPOOL_TUNING`, or `ropool/tuning` in the user's configuration
+    directory."""
+    named = os.environ.get("ROPOOL_TUNING")
+    base = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return Path(named) if named else Path(base, "ropool", "tuning")
+
+
+def parse(text: str, source: str) -> Table:
+    """The table in the JSON `text` that comes from `source`. Raises `ValueError` for a text that
+    is no table."""
+    try:
+        content = json.loads(text)
+        if content["format"] != FORMAT:
+            raise ValueError(f"format is {content['format']}, this version reads {FORMAT}")
+        table = Table(content["backend"], content["device"])
+        table.measured_with = dict(content.get("measured_with", {}))
+        table.rules = dict(content.get("rules", {}))
+        for entry in content.get("entries", []):
+            choices: dict[int, Choice] = {
+                int(tokens): dict(choice) for tokens, choice in entry["choices"].items()
+            }
+            if any(tokens < 1 for tokens in choices):
+                raise ValueError("a number of tokens is less than 1")
+            names = (*_FIELDS, "norm")
+            table.entries[tuple((n, entry[n]) for n in names if n in entry)] = choices
+        return table
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"ropool: {source} is no tuning table ({type(error).__name__}: {error}); "
+            "delete it, or write it anew with `ropool tune`"
+        ) from error
+
+
+def dump(table: Table) -> str:
+    """The JSON text of a table, a line for each entry."""
+    head = {"format": FORMAT, "backend": table.backend, "device": table.device}
+    head |= {"measured_with": table.measured_with, "rules": table.rules}
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
+    entries = [
+        "  " + json.dumps(dict(what) | {"choices": {str(t): choices[t] for t in sorted(choices)}})
+        for what, choices in sorted(table.entries.items(), key=repr)
+    ]
+    listed = ",\n".join(entries)
+    return "{\n" + ",\n".join(lines) + f',\n "entries": [\n{listed}\n ]\n}}\n'
+
+
+def write(table: Table, folder: Path) -> Path:
+    """Write `table` into `folder` in one step, in front of what its file there held before; returns
+    the file."""
+    path = folder / file_name(table.backend, table.device)
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        whole = parse(path.read_text(encoding="utf-8"), str(path))
+        whole.update(table)
+        table = whole
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".new-")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(dump(table))
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    forget()
+    return path
+
+
+_tables: dict[tuple[str, str], Table] = {}
+_trial: Choice | None = None
+
+
+def table_of(backend: str, device: str) -> Table:
+    """What is known of `backend` on `device`: ropool's table, and the user's in front of it. Empty
+    when neither exists. Read once a process."""
+    found = _tables.get((backend, device))
+    if found is None:
+        name = file_name(backend, device)
+        found = Table(backend, device)
+        user = user_folder() / name
+        for source in (resources.files(__package__).joinpath("tables", name), user):
+            if source.is_file():
+                found.update(parse(source.read_text(encoding="utf-8"), str(source)))
+        _tables[backend, device] = found
+    return found
+
+
+def choice_of(backend: str, device: str, key: Key, tokens: int) -> Choice | None:
+    """The choice for a call of `key` with so many tokens, or `None` when nothing was measured."""
+    return _trial if _trial is not None else table_of(backend, device).choice(key, tokens)
+
+
+@contextmanager
+def trying(choice: Choice) -> Iterator[None]:
+    """Within the block every call that is bound takes `choice`: how a tuner measures it."""
+    global _trial
+    before, _trial = _trial, choice
+    cache.clear()
+    try:
+        yield
+    finally:
+        _trial = before
+        cache.clear()
+
+
+def forget() -> None:
+    """Read the tables anew, and decide every call anew."""
+    _tables.clear()
+    cache.clear()
