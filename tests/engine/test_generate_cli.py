@@ -123,6 +123,7 @@ MISTAKES = {
     "no prompts file": (["--prompts-file", "/no/file"], "/no/file"),
     "temperature": (["Hi", "--temperature", "-1"], "temperature is -1"),
     "top-p": (["Hi", "--top-p", "2"], "top_p is 2"),
+    "seed": (["Hi", "--seed", "-1"], "seed is -1, must be at least 0"),
     "new tokens": (["Hi", "--max-new-tokens", "0"], "max_new_tokens is 0"),
     "device": (["Hi", "--model", "DIR", "--device", "xpu"], "device xpu is not available"),
     "dtype": (["Hi", "--dtype", "int3"], "int3"),

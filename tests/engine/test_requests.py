@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from engine import tiny
 from ropool.engine import Engine, FinishReason, SamplingParams
@@ -39,6 +40,15 @@ def test_a_pool_too_small_for_one_request_is_refused(model: PooledModel) -> None
         Engine(model, pool_tokens=0)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.bfloat16, torch.int8], ids=str
+)
+def test_a_pool_that_the_op_cannot_write_is_refused(model: PooledModel, dtype: torch.dtype) -> None:
+    allowed = "torch.float32, torch.float8_e4m3fn, torch.float8_e5m2$"
+    with pytest.raises(RopoolError, match=f"cache_dtype is {dtype}; allowed: {allowed}"):
+        Engine(model, pool_tokens=64, cache_dtype=dtype)
+
+
 def test_an_empty_prompt_is_refused(model: PooledModel) -> None:
     with pytest.raises(RopoolError, match="the prompt is empty"):
         Engine(model, pool_tokens=32).add([])
@@ -52,6 +62,7 @@ def test_an_empty_prompt_is_refused(model: PooledModel) -> None:
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_sampling_params_are_checked(options: dict[str, float], message: str) -> None:

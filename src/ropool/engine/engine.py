@@ -18,6 +18,7 @@ from ropool.engine.sampling import sample
 from ropool.engine.scheduler import Scheduler
 from ropool.engine.step import Span, build_step
 from ropool.errors import RopoolError
+from ropool.kvcache.mha import FP8_DTYPES
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class Engine:
         max_requests: requests that run at once.
         max_batch_tokens: tokens of one step; longer prompts are computed in chunks.
 
+    Raises:
+        RopoolError: no pool can be made of these arguments.
+
     Not thread-safe: one thread adds, aborts and steps.
     """
 
@@ -74,6 +78,11 @@ class Engine:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        allowed = (model.spec.dtype, *FP8_DTYPES)
+        if cache_dtype is not None and cache_dtype not in allowed:
+            raise RopoolError(
+                f"cache_dtype is {cache_dtype}; allowed: {', '.join(map(str, allowed))}"
+            )
         try:
             self.cache = KVCache(
                 model.spec,

@@ -39,6 +39,8 @@ class SamplingParams:
             raise RopoolError(f"temperature is {self.temperature}, must be 0 (greedy) or positive")
         if not 0.0 < self.top_p <= 1.0:
             raise RopoolError(f"top_p is {self.top_p}, must be above 0 and at most 1")
+        if self.seed < 0:
+            raise RopoolError(f"seed is {self.seed}, must be at least 0")
 
 
 @dataclass(eq=False)
