@@ -16,7 +16,7 @@ from ropool.engine import Engine, FinishReason, Request, SamplingParams
 from ropool.engine import engine as engine_module
 from ropool.engine.sampling import sample
 from ropool.errors import RopoolError
-from ropool.integrations.transformers import PooledModel
+from ropool.integrations.transformers import FAMILIES, PooledModel
 from ropool.integrations.transformers import attention as attention_module
 
 NEW_TOKENS = 24
@@ -97,7 +97,9 @@ def test_bfloat16_agrees_with_transformers(
     assert error < 1.5 * allowed
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral-window"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3_moe", "mistral-window", "glm", "gpt_neox", "phi3-longrope"]
+)
 def test_one_op_call_a_layer_and_no_other_rotation(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,6 +111,8 @@ def test_one_op_call_a_layer_and_no_other_rotation(
     def count(*args: Any, **kwargs: Any) -> None:
         nonlocal calls
         calls += 1
+        packed = {tensor.untyped_storage().data_ptr() for tensor in args[:3]}
+        assert len(packed) == 1, "Q, K and V are views of what the projection wrote"
         op(*args, **kwargs)
 
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -117,7 +121,7 @@ def test_one_op_call_a_layer_and_no_other_rotation(
     pooled = PooledModel(model)
     monkeypatch.setattr(attention_module, "rope_store_kv_", count)
     monkeypatch.setattr(module, "apply_rotary_pos_emb", refuse)
-    monkeypatch.setattr(model.model.rotary_emb, "forward", refuse)
+    monkeypatch.setattr(model.base_model.rotary_emb, "forward", refuse)
     engine = Engine(pooled, pool_tokens=64)
     engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=4))
     assert calls == 4 * model.config.num_hidden_layers
@@ -178,21 +182,46 @@ def test_an_fp8_pool_is_the_exact_one_rounded(
         )
 
 
-def test_longrope_context_ends_where_the_frequencies_change() -> None:
+@pytest.mark.parametrize("name", ["phi3-longrope", "phi3-longrope-window", "llama"])
+def test_longrope_is_a_forward_pass_over_every_prefix(
+    name: str, logits_of: dict[Request, list[Tensor]]
+) -> None:
+    # A llama that generates with the library's cache mixes both rotations: only a pass over the
+    # whole prefix tells what the model means.
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
         "short_factor": [1.0] * 8,
-        "long_factor": [2.0] * 8,
-        "original_max_position_embeddings": 64,
+        "long_factor": [1.0 + n for n in range(8)],
+        "original_max_position_embeddings": 40,
     }
-    model = tiny.build("llama", rope_parameters=rope)
+    model = tiny.build(name, **({"rope_parameters": rope} if name == "llama" else {}))
     pooled = PooledModel(tiny.copy_of(model))
-    assert pooled.spec.max_position == 64
-    engine = Engine(pooled, pool_tokens=64)
-    prompt = [3, 1, 4, 1, 5]
-    request = engine.generate([prompt], PARAMS)[0]
-    assert request.output == tiny.greedy(model, prompt, NEW_TOKENS)[0]
+    assert (pooled.spec.rotary_switch, pooled.spec.max_position) == (40, 256)
+    engine = Engine(pooled, pool_tokens=192, max_requests=4, max_batch_tokens=17)
+    # Short throughout; past the switch in the answer, with its first and its last token; at the
+    # switch, past it and far past it from the start.
+    prompts = [[n + 1] * 3 + prompt for n, prompt in enumerate(tiny.prompts(7, longest=1, seed=4))]
+    lengths = [8, 24, 39, 17, 40, 41, 90]
+    prompts = [(prompt * 30)[:length] for prompt, length in zip(prompts, lengths, strict=True)]
+    requests = run_with_joins(engine, prompts)
+    for prompt, request in zip(prompts, requests, strict=True):
+        tokens, logits = tiny.greedy_uncached(model, prompt, NEW_TOKENS)
+        assert request.output == tokens
+        torch.testing.assert_close(
+            torch.stack(logits_of[request]), logits, **TOLERANCE[torch.float32]
+        )
+    engine.cache.allocator.check_no_leak()
+
+
+def test_a_request_is_computed_anew_once_when_its_rotation_changes() -> None:
+    engine = Engine(PooledModel(tiny.build("phi3-longrope")), pool_tokens=512)
+    engine.generate([[1] * 30, [2] * 60, [3] * 16], PARAMS)
+    # 30 + 24 passes 40 tokens: the 41 that it then has are computed again, but its last answer not
+    # at all; 16 + 24 is 40 and does not.
+    speed = engine.throughput
+    computed = speed.prefill_tokens + speed.decode_tokens
+    assert computed == (30 + 23) + 40 + (60 + 23) + (16 + 23)
 
 
 def test_a_family_that_is_not_covered_is_named() -> None:
@@ -200,6 +229,6 @@ def test_a_family_that_is_not_covered_is_named() -> None:
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16))
     with pytest.raises(
-        RopoolError, match="'gpt2' is not covered; covered: llama, mistral, qwen2, qwen3"
+        RopoolError, match=f"'gpt2' is not covered; covered: {', '.join(sorted(FAMILIES))}"
     ):
         PooledModel(model)

@@ -37,6 +37,17 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 
+LONGROPE = {
+    "original_max_position_embeddings": 40,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0, 1.1, 1.2, 1.4, 1.7, 2.0],
+        "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0],
+    },
+}
+
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama-9x3-tied": {
@@ -62,7 +73,33 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_window_layers": 1,
     },
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "mlp_only_layers": [1],
+    },
+    "glm": {"model_type": "glm", "head_dim": 32},
+    "gpt_neox": {"model_type": "gpt_neox"},
+    "gpt_neox-plain-residual": {
+        "model_type": "gpt_neox",
+        "use_parallel_residual": False,
+        "attention_bias": False,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "phi3": {"model_type": "phi3"},
+    "phi3-longrope": {"model_type": "phi3", **LONGROPE},
+    "phi3-longrope-window": {"model_type": "phi3", "sliding_window": 19, **LONGROPE},
 }
+
+SEEDS = {"phi3": 8, "phi3-longrope": 8, "phi3-longrope-window": 8}
+"""Of the weights, where those of the common seed make a close call."""
 
 
 def build(name: str, **changes: Any) -> Any:
@@ -71,17 +108,18 @@ def build(name: str, **changes: Any) -> Any:
     settings = {**_COMMON, **MODELS[name], **changes}
     config = AutoConfig.for_model(**settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(SEEDS.get(name, 7))
 
     def normal(parameter: Tensor, std: float, mean: float = 0.0) -> None:
         parameter.normal_(mean, std, generator=generator)
 
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() > 1:  # those of experts have three
                 # Wide logits (their spread is about 4) and attention that really chooses.
                 gain = 4.0 if "embed" in key or "lm_head" in key or "q_proj" in key else 1.5
-                normal(parameter, gain / parameter.shape[1] ** 0.5)
+                gain = 2.5 if "qkv_proj" in key or "query_key_value" in key else gain
+                normal(parameter, gain / parameter.shape[-1] ** 0.5)
             else:
                 normal(parameter, 0.3, 0.0 if key.endswith("bias") else 1.0)
     return model
@@ -114,3 +152,14 @@ def greedy(model: Any, prompt: Sequence[int], count: int) -> tuple[list[int], Te
     )
     tokens: list[int] = result.sequences[0, len(prompt) :].tolist()
     return tokens, torch.cat(result.logits)
+
+
+@torch.inference_mode()
+def greedy_uncached(model: Any, prompt: Sequence[int], count: int) -> tuple[list[int], Tensor]:
+    """As `greedy`, each token from a forward pass over all tokens before it."""
+    tokens = list(prompt)
+    logits = []
+    for _ in range(count):
+        logits.append(model(torch.tensor([tokens]), use_cache=False).logits[0, -1])
+        tokens.append(int(logits[-1].argmax()))
+    return tokens[len(prompt) :], torch.stack(logits)

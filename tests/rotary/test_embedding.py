@@ -12,6 +12,7 @@ from ropool.rotary import (
     RotaryConfig,
     RotaryEmbedding,
     Scaling,
+    StackedRotary,
     cos_sin_cache,
     inv_freq,
 )
@@ -107,6 +108,20 @@ def test_dynamic_ntk_as_their_module_does_it() -> None:
         torch.testing.assert_close(module.inv_freq.double(), expected, rtol=2e-6, atol=0)
         first, last = rope.lengths
         assert first <= length <= last
+
+
+def test_a_stack_holds_the_tables_of_all_lengths() -> None:
+    rope = StackedRotary(config(LONGROPE), 64)
+    assert rope.switch == 16
+    assert [rope.offset(length) for length in (1, 16, 17, 64)] == [0, 0, 16, 16]
+    assert torch.equal(rope.cos_sin_cache[:16], cos_sin_cache(config(LONGROPE), 16))
+    assert torch.equal(rope.cos_sin_cache[16:], cos_sin_cache(config(LONGROPE), 64))
+    for settings, rows in ((LONGROPE, 16), (DYNAMIC, 16), (None, 64)):
+        one = StackedRotary(config(settings), rows, dtype=torch.bfloat16)
+        assert one.switch is None and one.offset(rows) == 0
+        assert torch.equal(one.cos_sin_cache, cos_sin_cache(config(settings), rows, torch.bfloat16))
+    with pytest.raises(ValueError, match="max_position is 17; allowed: at most 16, since every"):
+        StackedRotary(config(DYNAMIC), 17)
 
 
 def test_options_are_the_keyword_arguments_of_the_ops() -> None:

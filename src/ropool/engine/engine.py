@@ -152,7 +152,9 @@ class Engine:
         for request, count in batch:
             end = request.computed + count
             tokens = request.tokens[request.computed : end]
-            spans.append(Span(tokens, request.computed, request.table, end == len(request.tokens)))
+            wanted = end == len(request.tokens)
+            offset = self._rotary_offset(request)
+            spans.append(Span(tokens, request.computed, request.table, wanted, offset))
         prefill = any(request.remaining > 1 for request, _ in batch)
         logits = self.model.forward(build_step(spans, self.cache))
         requests = [pair[0] for pair, span in zip(batch, spans, strict=True) if span.sample]
@@ -183,6 +185,10 @@ class Engine:
             pass
         return requests
 
+    def _rotary_offset(self, request: Request) -> int:
+        switch = self.model.spec.rotary_switch
+        return switch if switch is not None and len(request.tokens) > switch else 0
+
     def _append(self, request: Request, token: int) -> Event:
         spec = self.model.spec
         request.tokens.append(token)
@@ -195,6 +201,9 @@ class Engine:
             or len(request.tokens) >= spec.max_position
         ):
             piece += self._finish(request, FinishReason.LENGTH)
+        elif len(request.tokens) - 1 == spec.rotary_switch:
+            # The keys in the pool are rotated as those of a shorter request.
+            self.scheduler.restart(request)
         return Event(request, token, piece)
 
     def _finish(self, request: Request, reason: FinishReason) -> str:

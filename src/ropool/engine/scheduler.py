@@ -46,6 +46,11 @@ class Scheduler:
         else:
             self.waiting.remove(request)
 
+    def restart(self, request: Request) -> None:
+        """Let a running request compute all its tokens anew, in its place among the others."""
+        self._cache.release(request.table)
+        request.computed = 0
+
     def schedule(self) -> list[tuple[Request, int]]:
         """Reserve slots for the next step; return each request that takes part with its number of
         tokens: those that decode first, the longest in front."""
@@ -71,8 +76,7 @@ class Scheduler:
     def _reserve_or_preempt(self, request: Request, count: int) -> bool:
         while not self._reserve(request, count):
             victim = self.running.pop()
-            self._cache.release(victim.table)
-            victim.computed = 0
+            self.restart(victim)
             self.waiting.appendleft(victim)
             self.preemptions += 1
             if victim is request:

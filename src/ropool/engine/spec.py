@@ -26,6 +26,9 @@ class ModelSpec:
     all."""
     max_position: int
     """Tokens of the context: prompt and answer together."""
+    rotary_switch: int | None
+    """The length beyond which all tokens of a request rotate by other frequencies (LongRoPE). In
+    the table those stand below this many rows of the others."""
     eos_ids: frozenset[int]
     vocabulary: int
     """Token ids are below this."""

@@ -23,6 +23,8 @@ class Span(NamedTuple):
     table: PageTable
     sample: bool
     """Whether the logits after the last token are wanted."""
+    rotary_offset: int = 0
+    """Row of the rotary table where position 0 of a request of this length stands."""
 
     @property
     def end(self) -> int:
@@ -50,6 +52,7 @@ class Step:
 
     tokens: Tensor
     positions: Tensor
+    """`[T]`, rows of the rotary table."""
     slots: Tensor
     """`[T]`, slots of the full pool."""
     sample_rows: Tensor
@@ -73,7 +76,7 @@ def build_step(spans: Sequence[Span], cache: KVCache) -> Step:
     sample_rows: list[int] = []
     for span in spans:
         tokens += span.tokens
-        positions += range(span.start, span.end)
+        positions += range(span.rotary_offset + span.start, span.rotary_offset + span.end)
         pages = span.table.pages
         slots += [
             pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(span.start, span.end)

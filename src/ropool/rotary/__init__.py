@@ -12,6 +12,7 @@ from ropool.rotary.scaling import (
     Scaling,
     YarnScaling,
 )
+from ropool.rotary.stacked import StackedRotary
 from ropool.rotary.table import cos_sin_cache
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "RotaryEmbedding",
     "RotaryOptions",
     "Scaling",
+    "StackedRotary",
     "YarnScaling",
     "attention_factor",
     "cos_sin_cache",

@@ -19,7 +19,7 @@ from ropool.engine.attention import paged_attention
 from ropool.engine.spec import KVRow
 from ropool.engine.step import Step
 from ropool.ops import rope_store_kv_
-from ropool.rotary import RotaryEmbedding
+from ropool.rotary import StackedRotary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,10 @@ class AttentionParts:
     """What `PooledAttention` takes over from an attention module, whatever that calls it."""
 
     qkv_proj: nn.Linear
-    """All heads of Q, then those of K, then those of V; with biases where the module has them."""
+    """With biases where the module has them."""
+    qkv_by_head: bool = False
+    """The projection gives Q, K and V of each head side by side, instead of all heads of Q, then
+    those of K, then those of V."""
     o_proj: nn.Linear
     heads_q: int
     heads_kv: int
@@ -49,7 +52,7 @@ class PooledAttention(nn.Module):
     stores.
     """
 
-    def __init__(self, parts: AttentionParts, layer: int, rotary: RotaryEmbedding) -> None:
+    def __init__(self, parts: AttentionParts, layer: int, rotary: StackedRotary) -> None:
         super().__init__()
         self.layer = layer
         self.rotary = rotary
@@ -57,6 +60,7 @@ class PooledAttention(nn.Module):
         self.row = KVRow(parts.heads_kv, parts.head_dim)
         self.window = parts.window
         self.scale = parts.scale
+        self.qkv_by_head = parts.qkv_by_head
         self.heads = [parts.heads_q, parts.heads_kv, parts.heads_kv]
         self.qkv_proj = parts.qkv_proj
         self.o_proj = parts.o_proj
@@ -67,8 +71,7 @@ class PooledAttention(nn.Module):
     def forward(self, hidden_states: Tensor, step: Step, **_: object) -> tuple[Tensor, None]:
         """`hidden_states` `[1, T, hidden]`; the decoder layer passes `step` through and ignores the
         second result."""
-        qkv = self.qkv_proj(hidden_states[0]).unflatten(-1, (-1, self.row.head_dim))
-        q, k, v = qkv.split(self.heads, dim=1)
+        q, k, v = self._split(self.qkv_proj(hidden_states[0]))
         cache = step.layers[self.layer]
         self.rotary.claim(step, self.layer)
         rope_store_kv_(
@@ -89,6 +92,13 @@ class PooledAttention(nn.Module):
         )
         out = paged_attention(q, step, self.layer, self.scale)
         return self.o_proj(out.flatten(1))[None], None
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """The heads of Q, K and V, views of the projection's result."""
+        heads = qkv.unflatten(-1, (-1, self.row.head_dim))
+        if self.qkv_by_head:
+            return heads.unflatten(1, (-1, 3)).unbind(2)
+        return heads.split(self.heads, dim=1)
 
 
 def separate_projections(original: Any, window: int | None) -> AttentionParts:

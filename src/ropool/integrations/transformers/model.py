@@ -11,7 +11,7 @@ from ropool.engine.spec import ModelSpec
 from ropool.engine.step import Step
 from ropool.errors import RopoolError
 from ropool.integrations.transformers.families import family_of
-from ropool.rotary import RotaryConfig, RotaryEmbedding, length_range
+from ropool.rotary import RotaryConfig, StackedRotary
 
 
 class PooledModel:
@@ -36,14 +36,16 @@ class PooledModel:
         weight = self._embed.weight
         rotations = _rotations(config)
         context: int = config.max_position_embeddings
-        for rotation in rotations:
-            # LongRoPE and dynamic NTK change their frequencies with the length, which requests of
-            # one batch do not share: the context is then the part before the first change.
-            context = min(context, length_range(rotation, 1)[1] or context)
         tables = {
-            rotation: RotaryEmbedding(rotation, context, device=weight.device)
+            rotation: StackedRotary(rotation, context, device=weight.device)
             for rotation in set(rotations)
         }
+        switches = {table.switch for table in tables.values()}
+        if len(switches) > 1:
+            raise RopoolError(
+                f"the rotations of the model's layers change at different lengths, {switches}; "
+                "one is covered"
+            )
         attentions = []
         for number, layer in enumerate(self._layers):
             original = getattr(layer, family.attention_name)
@@ -53,6 +55,7 @@ class PooledModel:
             row=attentions[0].row,
             windows=tuple(attention.window for attention in attentions),
             max_position=context,
+            rotary_switch=switches.pop(),
             eos_ids=_eos_ids(model),
             vocabulary=weight.shape[0],
             dtype=weight.dtype,

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from ropool.errors import RopoolError
 from ropool.integrations.transformers.families.family import Family
+from ropool.integrations.transformers.families.gpt_neox import GPT_NEOX
 from ropool.integrations.transformers.families.llama import LLAMA, MISTRAL
+from ropool.integrations.transformers.families.phi3 import PHI3
 
 FAMILIES: dict[str, Family] = {
+    "glm": LLAMA,
+    "gpt_neox": GPT_NEOX,
     "llama": LLAMA,
     "mistral": MISTRAL,
+    "phi3": PHI3,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
+    "qwen3_moe": LLAMA,
 }
 """`model_type` -> how its models are taken apart."""
 

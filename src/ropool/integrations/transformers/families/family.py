@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ropool.engine.spec import KVRow
-from ropool.rotary import RotaryEmbedding
+from ropool.rotary import StackedRotary
 
 
 class PoolAttention(Protocol):
@@ -31,7 +31,7 @@ class PoolAttention(Protocol):
 class Family:
     """How models of a family are taken apart. The functions get the objects of the library."""
 
-    attention: Callable[[Any, int, RotaryEmbedding], PoolAttention]
+    attention: Callable[[Any, int, StackedRotary], PoolAttention]
     """The module that replaces an attention module, from that module, the number of its layer, and
     the rotation of that layer."""
     decoder: Callable[[Any], Any] = lambda model: model.model

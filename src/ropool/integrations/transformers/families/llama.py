@@ -1,6 +1,7 @@
 """Families with a decoder like Llama's: separate projections, one norm before each half of a layer.
 
-Biases and QK-norms are taken where a module has them, so Qwen2 and Qwen3 need nothing of their own.
+Biases and QK-norms are taken where a module has them, and experts stand outside attention, so
+Qwen2, Qwen3, Qwen3-MoE and GLM need nothing of their own.
 """
 
 from __future__ import annotations
@@ -9,16 +10,16 @@ from typing import Any
 
 from ropool.integrations.transformers.attention import PooledAttention, separate_projections
 from ropool.integrations.transformers.families.family import Family
-from ropool.rotary import RotaryEmbedding
+from ropool.rotary import StackedRotary
 
 
-def _attention(original: Any, layer: int, rotary: RotaryEmbedding) -> PooledAttention:
+def _attention(original: Any, layer: int, rotary: StackedRotary) -> PooledAttention:
     # The Qwen families keep the window of a layer in the layer.
     window = getattr(original, "sliding_window", None)
     return PooledAttention(separate_projections(original, window), layer, rotary)
 
 
-def _mistral_attention(original: Any, layer: int, rotary: RotaryEmbedding) -> PooledAttention:
+def _mistral_attention(original: Any, layer: int, rotary: StackedRotary) -> PooledAttention:
     parts = separate_projections(original, original.config.sliding_window)
     return PooledAttention(parts, layer, rotary)
 
