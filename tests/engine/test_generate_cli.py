@@ -48,7 +48,10 @@ def test_json(directory: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(report["kernels"]) >= {"rope_store_kv_"}
     assert "/" in report["kernels"]["rope_store_kv_"]
     assert report["prefill_tokens_per_s"] > 0 and report["decode_tokens_per_s"] > 0
-    assert report["pool"].keys() == {"slots", "peak_used", "leaked"}
+    stated = {"bytes_per_token", "window_bytes_per_token"}
+    assert report["pool"].keys() == {"slots", "peak_used", "leaked"} | stated
+    # Two layers, K and V of 2 heads, 16 float32 values each.
+    assert [report["pool"][key] for key in sorted(stated)] == [2 * 2 * 2 * 16 * 4, 0]
     assert report["pool"]["leaked"] == 0
     assert 0 < report["pool"]["peak_used"] <= report["pool"]["slots"]
 
@@ -76,8 +79,9 @@ def test_one_prompt_streams_and_a_table_follows(
     assert out.startswith(text + "\n")
     rows = [line.split() for line in out[len(text) :].splitlines() if line]
     labels = [row[0] for row in rows]
-    assert labels == ["device", "kernel", "prefill", "decode", "pool"]
+    assert labels == ["device", "kernel", "prefill", "decode", "pool", "pool"]
     assert rows[1][:3] == ["kernel", "of", "rope_store_kv_"]
+    assert rows[-1] == ["pool", "bytes", "a", "token", "512"]
 
 
 def test_several_prompts_are_numbered(directory: str, capsys: pytest.CaptureFixture[str]) -> None:

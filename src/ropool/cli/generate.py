@@ -14,14 +14,18 @@ from transformers.utils import logging
 
 from ropool.dispatch import cache, chosen
 from ropool.engine import Engine, Request, SamplingParams
+from ropool.engine.cache import KVCache
+from ropool.engine.pools import CacheDtype, pool_dtype, row_bytes
 from ropool.errors import RopoolError
 from ropool.integrations.transformers import load
+from ropool.kvcache import MLAFormat
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-CACHE_DTYPES = {
+CACHE_DTYPES: dict[str, CacheDtype | None] = {
     "auto": None,
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
+    "fp8_ds_mla": MLAFormat.FP8_DS_MLA,
 }
 MAX_REQUESTS = 64
 POOL_BYTES = 2 << 30
@@ -107,9 +111,8 @@ def run(args: argparse.Namespace) -> int:
     tokens = [_encode(tokenizer, prompt, chat=not args.no_chat_template) for prompt in prompts]
     cache_dtype = CACHE_DTYPES[args.kv_cache_dtype]
     if args.pool_tokens is None:
-        dtype = cache_dtype or model.spec.dtype
-        slot_bytes = 2 * len(model.spec.windows) * model.spec.row.heads * model.spec.row.head_dim
-        most = POOL_BYTES // (slot_bytes * dtype.itemsize)
+        slot_bytes = row_bytes(model.spec.row, pool_dtype(model.spec, cache_dtype))
+        most = POOL_BYTES // (slot_bytes * len(model.spec.windows))
         context = model.spec.max_position
         pool_tokens = _pool_tokens([len(prompt) for prompt in tokens], params, context, most)
     else:
@@ -220,6 +223,8 @@ def _report(
             "slots": allocator.slots,
             "peak_used": allocator.peak_used_slots,
             "leaked": allocator.used_slots,
+            "bytes_per_token": engine.cache.bytes_per_token,
+            "window_bytes_per_token": engine.cache.window_bytes_per_token,
         },
     }
 
@@ -233,7 +238,15 @@ def _print_table(device: torch.device, engine: Engine) -> None:
         ("prefill", f"{speed.prefill_tokens_per_s:.1f} tokens/s"),
         ("decode", f"{speed.decode_tokens_per_s:.1f} tokens/s"),
         ("pool slots used", f"{allocator.peak_used_slots} of {allocator.slots}"),
+        ("pool bytes a token", _token_bytes(engine.cache)),
     ]
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
         print(f"{label:<{width}}  {value}")
+
+
+def _token_bytes(pools: KVCache) -> str:
+    if pools.window is None:
+        return str(pools.bytes_per_token)
+    inside = f"{pools.window_bytes_per_token} inside the window of {pools.window}"
+    return f"{pools.bytes_per_token} + {inside}"

@@ -4,26 +4,13 @@ holds."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
+from ropool.engine.pools import CacheDtype, LatentCache, LayerCache, Pool, new_pool, pool_dtype
 from ropool.engine.spec import ModelSpec
 from ropool.errors import RopoolError
 from ropool.kvcache import MHAPool, SlotAllocator, WindowMap
 
 PAGE_SIZE = 16
-
-
-class LayerCache(NamedTuple):
-    """The pool tensors of one layer, as `rope_store_kv_` takes them."""
-
-    k: Tensor
-    v: Tensor
-    k_scale: Tensor | None
-    v_scale: Tensor | None
-    window_slot_map: Tensor | None
 
 
 @dataclass
@@ -38,6 +25,9 @@ class PageTable:
 class KVCache:
     """Owns the pools of a model and gives their pages to requests.
 
+    `layers` are those of a model with K and V heads, `latent_layers` those of an MLA model; the
+    other list is empty.
+
     Layers with a sliding window share a smaller pool with room for `max_requests` windows and a
     step's chunks; one request always fits.
     """
@@ -49,7 +39,7 @@ class KVCache:
         pool_tokens: int,
         max_requests: int,
         max_batch_tokens: int,
-        dtype: torch.dtype | None = None,
+        dtype: CacheDtype | None = None,
     ) -> None:
         if pool_tokens < 1:
             raise RopoolError(f"pool of {pool_tokens} tokens; it must hold at least 1")
@@ -60,19 +50,13 @@ class KVCache:
         self.window_map: WindowMap | None = None
         self._fresh: list[int] = []
 
-        def pool(layers: int, pages: int) -> MHAPool:
-            return MHAPool(
-                layers=layers,
-                pages=pages,
-                page_size=PAGE_SIZE,
-                heads=spec.row.heads,
-                head_dim=spec.row.head_dim,
-                dtype=dtype or spec.dtype,
-                device=spec.device,
-            )
+        stored = pool_dtype(spec, dtype)
+
+        def pool(layers: int, pages: int) -> Pool:
+            return new_pool(spec, stored, layers=layers, pages=pages, page_size=PAGE_SIZE)
 
         windowed = sum(window is not None for window in spec.windows)
-        self.pools: dict[bool, MHAPool] = {}
+        self.pools: dict[bool, Pool] = {}
         if windowed < len(spec.windows):
             self.pools[False] = pool(len(spec.windows) - windowed, pages)
         if self.window is not None:
@@ -86,18 +70,37 @@ class KVCache:
                 page_size=PAGE_SIZE,
                 device=spec.device,
             )
-        self.layers = self._layer_caches(spec)
+        self.layers: list[LayerCache] = []
+        self.latent_layers: list[LatentCache] = []
+        self._add_layers()
 
-    def _layer_caches(self, spec: ModelSpec) -> list[LayerCache]:
-        layers = []
+    def _add_layers(self) -> None:
         seen = {False: 0, True: 0}
-        for window in spec.windows:
+        for window in self.spec.windows:
             kind = window is not None
             pool, layer = self.pools[kind], seen[kind]
             slot_map = self.window_map.slot_map if kind and self.window_map else None
-            layers.append(LayerCache(pool.k(layer), pool.v(layer), *pool.scales(layer), slot_map))
+            if isinstance(pool, MHAPool):
+                tensors = pool.k(layer), pool.v(layer), *pool.scales(layer)
+                self.layers.append(LayerCache(*tensors, slot_map))
+            else:
+                rows = pool.rows(layer), pool.scale(layer)
+                self.latent_layers.append(LatentCache(*rows, slot_map))
             seen[kind] += 1
-        return layers
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Pool bytes of the layers that keep a token as long as its request runs."""
+        return self._bytes_per_token(False)
+
+    @property
+    def window_bytes_per_token(self) -> int:
+        """Pool bytes of the layers that keep a token while it is inside their window."""
+        return self._bytes_per_token(True)
+
+    def _bytes_per_token(self, windowed: bool) -> int:
+        pool = self.pools.get(windowed)
+        return 0 if pool is None else pool.nbytes // (pool.pages * pool.page_size)
 
     def reserve(self, table: PageTable, start: int, end: int) -> bool:
         """Make the slots of tokens `start` to `end` writable, and let go of what no token from

@@ -13,12 +13,12 @@ import torch
 from ropool.engine.cache import KVCache
 from ropool.engine.detokenizer import Detokenizer
 from ropool.engine.model import CausalModel, Tokenizer
+from ropool.engine.pools import CacheDtype
 from ropool.engine.request import FinishReason, Request, SamplingParams
 from ropool.engine.sampling import sample
 from ropool.engine.scheduler import Scheduler
 from ropool.engine.step import Span, build_step
 from ropool.errors import RopoolError
-from ropool.kvcache.mha import FP8_DTYPES
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ class Engine:
     Args:
         model: the model; its pools are allocated here.
         tokenizer: makes text of tokens; without one requests have tokens only.
-        cache_dtype: float8_e4m3fn or float8_e5m2 for an fp8 pool (scale 1); the model's dtype by
-            default.
+        cache_dtype: float8_e4m3fn or float8_e5m2 for an fp8 pool (scale 1), or
+            `MLAFormat.FP8_DS_MLA` for the 656-byte rows of an MLA model with `L = 512` and
+            `R = 64`; the model's dtype by default.
         max_requests: requests that run at once.
         max_batch_tokens: tokens of one step; longer prompts are computed in chunks.
 
@@ -72,17 +73,12 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         *,
         pool_tokens: int,
-        cache_dtype: torch.dtype | None = None,
+        cache_dtype: CacheDtype | None = None,
         max_requests: int = 64,
         max_batch_tokens: int = 512,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        allowed = (model.spec.dtype, *FP8_DTYPES)
-        if cache_dtype is not None and cache_dtype not in allowed:
-            raise RopoolError(
-                f"cache_dtype is {cache_dtype}; allowed: {', '.join(map(str, allowed))}"
-            )
         try:
             self.cache = KVCache(
                 model.spec,

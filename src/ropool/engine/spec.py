@@ -15,11 +15,19 @@ class KVRow(NamedTuple):
     head_dim: int
 
 
+class LatentRow(NamedTuple):
+    """A token's row in the pool of a layer of multi-head latent attention (MLA): the latent of
+    which K and V of every head are made, and the rotated part of K, which all heads share."""
+
+    latent_dim: int
+    rope_dim: int
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """What the engine knows of a model before it runs; read from the config by an integration."""
 
-    row: KVRow
+    row: KVRow | LatentRow
     """What every layer keeps of a token."""
     windows: tuple[int | None, ...]
     """For each layer the tokens that its sliding window holds, the query's own included; `None`:

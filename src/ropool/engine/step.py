@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ropool.engine.cache import PAGE_SIZE, KVCache, LayerCache, PageTable
+from ropool.engine.cache import PAGE_SIZE, KVCache, PageTable
+from ropool.engine.pools import LatentCache, LayerCache, gather_buffers
 
 
 class Span(NamedTuple):
@@ -57,11 +58,13 @@ class Step:
     """`[T]`, slots of the full pool."""
     sample_rows: Tensor
     layers: list[LayerCache]
+    latent_layers: list[LatentCache]
+    """Of an MLA model, whose `layers` are none."""
     groups: dict[bool, list[AttentionGroup]]
     """For layers that see every token (`False`) and for those with a sliding window (`True`)."""
-    workspace: tuple[Tensor, Tensor]
-    """K and V of a group are gathered here, `[pages, B, Hk, D]`; every layer uses the same
-    memory."""
+    workspace: tuple[Tensor, ...]
+    """What a group reads is gathered here: K and V `[pages, B, Hk, D]`, or latent rows `[pages, B,
+    L + R]`. Every layer uses the same memory."""
 
 
 def build_step(spans: Sequence[Span], cache: KVCache) -> Step:
@@ -85,19 +88,16 @@ def build_step(spans: Sequence[Span], cache: KVCache) -> Step:
             sample_rows.append(len(tokens) - 1)
     groups = {windowed: _groups(spans, cache, windowed) for windowed in cache.pools}
     most = max(group.pages.numel() for kind in groups.values() for group in kind)
-    like = cache.layers[0].k
-    device = like.device
-    workspace = [
-        torch.empty((most, *like.shape[1:]), dtype=cache.spec.dtype, device=device) for _ in "kv"
-    ]
+    device = cache.spec.device
     return Step(
         tokens=torch.tensor(tokens, device=device),
         positions=torch.tensor(positions, device=device),
         slots=torch.tensor(slots, device=device),
         sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
         layers=cache.layers,
+        latent_layers=cache.latent_layers,
         groups=groups,
-        workspace=(workspace[0], workspace[1]),
+        workspace=gather_buffers(cache.spec, most, PAGE_SIZE),
     )
 
 

@@ -23,6 +23,8 @@ class MLAFormat(enum.StrEnum):
 
 
 DS_MLA_BYTES = 512 + 4 * 4 + 64 * 2
+DS_MLA_DIMS = (512, 64)
+"""`L` and `R` of the 656-byte row."""
 
 
 class MLAPool:
@@ -52,7 +54,7 @@ class MLAPool:
         self.row_format = MLAFormat(row_format)
         width = latent_dim + rope_dim
         if self.row_format is MLAFormat.FP8_DS_MLA:
-            if (latent_dim, rope_dim) != (512, 64):
+            if (latent_dim, rope_dim) != DS_MLA_DIMS:
                 raise ValueError(
                     "MLAPool: row format fp8_ds_mla holds 512 latents and 64 rope values, "
                     f"got {latent_dim} and {rope_dim}"

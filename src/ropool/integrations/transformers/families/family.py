@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ropool.engine.spec import KVRow
+from ropool.engine.spec import KVRow, LatentRow
 from ropool.rotary import StackedRotary
 
 
@@ -21,8 +21,11 @@ class PoolAttention(Protocol):
     layer passes is of no use to it. It returns the result and `None`.
     """
 
-    row: KVRow
-    """What a token's row in the pool of this layer is."""
+    @property
+    def row(self) -> KVRow | LatentRow:
+        """What a token's row in the pool of this layer is."""
+        ...
+
     window: int | None
     """Tokens that the sliding window holds, the query's own included; `None`: all."""
 
