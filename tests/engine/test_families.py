@@ -79,7 +79,7 @@ def test_ragged_batches_agree_with_transformers(
         engine.cache.window_map.allocator.check_no_leak()
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt-oss", "gemma3"])
 def test_bfloat16_agrees_with_transformers(
     name: str, logits_of: dict[Request, list[Tensor]]
 ) -> None:
@@ -98,7 +98,17 @@ def test_bfloat16_agrees_with_transformers(
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen3_moe", "mistral-window", "glm", "gpt_neox", "phi3-longrope"]
+    "name",
+    [
+        "llama",
+        "qwen3_moe",
+        "mistral-window",
+        "glm",
+        "gpt_neox",
+        "phi3-longrope",
+        "gpt-oss",
+        "gemma3",
+    ],
 )
 def test_one_op_call_a_layer_and_no_other_rotation(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -141,6 +151,25 @@ def test_a_window_pool_holds_windows_only() -> None:
     engine.generate([[5] * 100, [6] * 130], SamplingParams(max_new_tokens=100))
     assert engine.cache.allocator.peak_used_slots > 400
     assert window_map.allocator.peak_used_slots <= 2 * 5 * 16
+    window_map.allocator.check_no_leak()
+
+
+def test_full_layers_keep_what_window_layers_free() -> None:
+    engine = Engine(
+        PooledModel(tiny.build("gpt-oss")), pool_tokens=1024, max_requests=2, max_batch_tokens=32
+    )
+    window_map, full = engine.cache.window_map, engine.cache.allocator
+    assert window_map is not None and set(engine.cache.pools) == {False, True}
+    requests = [engine.add([token] * 100, SamplingParams(max_new_tokens=100)) for token in (5, 6)]
+    while engine.unfinished:
+        engine.step()
+        running = engine.scheduler.running
+        assert full.used_slots >= sum(request.computed for request in running)
+        # 21 tokens touch 3 pages of 16 at most; a chunk of 32 starts inside a page.
+        decoding = all(request.remaining == 1 for request in requests)
+        assert window_map.allocator.used_slots <= (3 * len(running) + 3 * (not decoding)) * 16
+    assert full.peak_used_slots == 2 * 13 * 16
+    full.check_no_leak()
     window_map.allocator.check_no_leak()
 
 
@@ -222,6 +251,14 @@ def test_a_request_is_computed_anew_once_when_its_rotation_changes() -> None:
     speed = engine.throughput
     computed = speed.prefill_tokens + speed.decode_tokens
     assert computed == (30 + 23) + 40 + (60 + 23) + (16 + 23)
+
+
+@pytest.mark.parametrize(
+    "option, value", [("attn_logit_softcapping", 50.0), ("use_bidirectional_attention", True)]
+)
+def test_what_the_attention_cannot_do_is_refused(option: str, value: object) -> None:
+    with pytest.raises(RopoolError, match=f"{option} is {value}; allowed: "):
+        PooledModel(tiny.build("gemma3", **{option: value}))
 
 
 def test_a_family_that_is_not_covered_is_named() -> None:

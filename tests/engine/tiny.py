@@ -96,9 +96,44 @@ MODELS: dict[str, dict[str, Any]] = {
     "phi3": {"model_type": "phi3"},
     "phi3-longrope": {"model_type": "phi3", **LONGROPE},
     "phi3-longrope-window": {"model_type": "phi3", "sliding_window": 19, **LONGROPE},
+    "gpt-oss": {
+        "model_type": "gpt_oss",
+        "head_dim": 16,
+        "intermediate_size": 48,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 21,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 8.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 6,  # five with a window, one without
+        "head_dim": 24,
+        "query_pre_attn_scalar": 40,
+        "sliding_window": 18,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+        },
+    },
+    "gemma3-capped": {
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "sliding_window": 21,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "final_logit_softcapping": 12.0,
+    },
 }
 
-SEEDS = {"phi3": 8, "phi3-longrope": 8, "phi3-longrope-window": 8}
+SEEDS = {"gpt-oss": 8, "phi3": 8, "phi3-longrope": 8, "phi3-longrope-window": 8}
 """Of the weights, where those of the common seed make a close call."""
 
 
@@ -115,13 +150,17 @@ def build(name: str, **changes: Any) -> Any:
 
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if parameter.dim() > 1:  # those of experts have three
+            if key.endswith("bias"):
+                normal(parameter, 0.3)
+            elif parameter.dim() > 1:  # those of experts have three
                 # Wide logits (their spread is about 4) and attention that really chooses.
                 gain = 4.0 if "embed" in key or "lm_head" in key or "q_proj" in key else 1.5
                 gain = 2.5 if "qkv_proj" in key or "query_key_value" in key else gain
                 normal(parameter, gain / parameter.shape[-1] ** 0.5)
-            else:
-                normal(parameter, 0.3, 0.0 if key.endswith("bias") else 1.0)
+            elif key.endswith("sinks"):
+                normal(parameter, 3.0)
+            else:  # a norm; Gemma's multiply by 1 + weight
+                normal(parameter, 0.3, 0.0 if config.model_type.startswith("gemma") else 1.0)
     return model
 
 

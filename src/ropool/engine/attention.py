@@ -9,12 +9,18 @@ from torch import Tensor
 from ropool.engine.step import Step
 
 
-def paged_attention(q: Tensor, step: Step, layer: int, scale: float) -> Tensor:
+def paged_attention(
+    q: Tensor, step: Step, layer: int, scale: float, sinks: Tensor | None = None
+) -> Tensor:
     """Return the attention of the rotated queries `q` `[T, Hq, D]` over what the pool of `layer`
     holds, `[T, Hq, D]`.
 
     K and V of a group of requests are gathered page by page, since SDPA takes no page table. Rows
     of the pool that are not written yet are masked; they must not hold NaN.
+
+    Args:
+        sinks: `[Hq]`, a logit of each head that takes its part of the softmax and has no value
+            (arXiv:2508.10925, section 2.2).
     """
     cache = step.layers[layer]
     heads_q, head_dim = q.shape[1:]
@@ -27,7 +33,9 @@ def paged_attention(q: Tensor, step: Step, layer: int, scale: float) -> Tensor:
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         rows = q[group.first : group.last]
         queries = len(rows) // group.requests
-        if queries == 1:
+        if sinks is not None:
+            out = _attention_with_sinks(rows, k, v, group.mask, sinks, scale)
+        elif queries == 1:
             # The query heads of a KV head stand as its queries: no SDPA kernel has to know grouped
             # heads.
             packed = rows.view(group.requests, heads_kv, -1, head_dim)
@@ -46,6 +54,33 @@ def paged_attention(q: Tensor, step: Step, layer: int, scale: float) -> Tensor:
             ).transpose(1, 2)
         outputs.append(out.reshape(len(rows), heads_q, head_dim))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _attention_with_sinks(
+    rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor, scale: float
+) -> Tensor:
+    """Attention of `rows` `[N * queries, Hq, D]` over `k` and `v` `[N, Hk, keys, D]`, with `sinks`
+    `[Hq]`; SDPA has no such argument. The softmax is computed in float32."""
+    requests, heads_kv = k.shape[:2]
+    queries, heads_q, head_dim = len(rows) // requests, *rows.shape[1:]
+    if mask is None:
+        k, v = k[:, :, :queries], v[:, :, :queries]
+        mask = rows.new_full((1, 1, queries, queries), float("-inf")).triu_(1)
+    # `[N, Hk, Hq / Hk, queries, D]`: the query heads of a KV head side by side.
+    grouped = rows.view(requests, queries, heads_kv, -1, head_dim).permute(0, 2, 3, 1, 4)
+    sinks = sinks.float().view(heads_kv, -1, 1, 1)
+    out = torch.empty_like(grouped)
+    # One KV head at a time: of several requests the product would copy the strided K and V, and the
+    # scores of a long prompt are large. All at once for a single token.
+    count = heads_kv if len(rows) == 1 else 1
+    for first in range(0, heads_kv, count):
+        heads = slice(first, first + count)
+        shape = grouped[:, heads].shape[:-1]
+        scores = grouped[:, heads].flatten(2, 3) @ k[:, heads].transpose(2, 3)
+        scores = torch.add(mask[:, None], scores.view(*shape, -1).float(), alpha=scale)
+        weights = torch.cat([scores, sinks[heads].expand(*shape, 1)], -1).softmax(-1)[..., :-1]
+        out[:, heads] = (weights.to(v.dtype).flatten(2, 3) @ v[:, heads]).view(*shape, head_dim)
+    return out.permute(0, 3, 1, 2, 4).reshape(len(rows), heads_q, head_dim)
 
 
 def _gather(pool: Tensor, pages: Tensor, scale: Tensor | None, workspace: Tensor) -> Tensor:

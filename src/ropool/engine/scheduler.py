@@ -53,7 +53,8 @@ class Scheduler:
 
     def schedule(self) -> list[tuple[Request, int]]:
         """Reserve slots for the next step; return each request that takes part with its number of
-        tokens: those that decode first, the longest in front."""
+        tokens: those that decode first, the longest in front. Empty only when no request is left.
+        """
         decoding = sum(request.remaining == 1 for request in self.running)
         room = self._max_batch_tokens - decoding  # for prompts
         batch: list[tuple[Request, int]] = []
@@ -71,6 +72,11 @@ class Scheduler:
             index += 1
         if self.preemptions == preemptions:
             self._admit(batch, room)
+        if not batch and (self.running or self.waiting):
+            # A defect: this would go on for ever.
+            raise RuntimeError(
+                f"Scheduler: {len(self.running) + len(self.waiting)} requests, and none can run"
+            )
         return sorted(batch, key=lambda pair: (pair[1] > 1, -pair[0].computed))
 
     def _reserve_or_preempt(self, request: Request, count: int) -> bool:

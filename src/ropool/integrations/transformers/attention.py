@@ -9,6 +9,7 @@ the library is touched, and everything else in the model stays its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,8 @@ class AttentionParts:
     """`[D]`, of the RMSNorm before the rotation; `None`: no norm."""
     k_norm_weight: Tensor | None = None
     norm_eps: float = 0.0
+    sinks: Tensor | None = None
+    """`[Hq]`, see `paged_attention`."""
 
 
 class PooledAttention(nn.Module):
@@ -61,6 +64,7 @@ class PooledAttention(nn.Module):
         self.window = parts.window
         self.scale = parts.scale
         self.qkv_by_head = parts.qkv_by_head
+        self.sinks = parts.sinks
         self.heads = [parts.heads_q, parts.heads_kv, parts.heads_kv]
         self.qkv_proj = parts.qkv_proj
         self.o_proj = parts.o_proj
@@ -90,7 +94,7 @@ class PooledAttention(nn.Module):
             window_slot_map=cache.window_slot_map,
             **self.rope_options,
         )
-        out = paged_attention(q, step, self.layer, self.scale)
+        out = paged_attention(q, step, self.layer, self.scale, self.sinks)
         return self.o_proj(out.flatten(1))[None], None
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, ...]:
@@ -101,12 +105,24 @@ class PooledAttention(nn.Module):
         return heads.split(self.heads, dim=1)
 
 
-def separate_projections(original: Any, window: int | None) -> AttentionParts:
+def plain_norm(norm: Any) -> tuple[Tensor, float]:
+    """What an RMSNorm multiplies by, and what it adds to the mean square."""
+    return norm.weight, norm.variance_epsilon
+
+
+def separate_projections(
+    original: Any,
+    window: int | None,
+    norm: Callable[[Any], tuple[Tensor, float]] = plain_norm,
+) -> AttentionParts:
     """The parts of a module with `q_proj`, `k_proj`, `v_proj`, `o_proj` and, perhaps, `q_norm` and
-    `k_norm`."""
+    `k_norm`, which `norm` reads, and `sinks`."""
     projections = (original.q_proj, original.k_proj, original.v_proj)
     head_dim: int = original.head_dim
-    q_norm, k_norm = (getattr(original, name, None) for name in ("q_norm", "k_norm"))
+    norms = [getattr(original, name, None) for name in ("q_norm", "k_norm")]
+    (q_norm_weight, norm_eps), (k_norm_weight, _) = (
+        (None, 0.0) if module is None else norm(module) for module in norms
+    )
     return AttentionParts(
         qkv_proj=pack(projections),
         o_proj=original.o_proj,
@@ -115,9 +131,10 @@ def separate_projections(original: Any, window: int | None) -> AttentionParts:
         head_dim=head_dim,
         scale=original.scaling,
         window=window,
-        q_norm_weight=q_norm and q_norm.weight,
-        k_norm_weight=k_norm and k_norm.weight,
-        norm_eps=q_norm.variance_epsilon if q_norm is not None else 0.0,
+        q_norm_weight=q_norm_weight,
+        k_norm_weight=k_norm_weight,
+        norm_eps=norm_eps,
+        sinks=getattr(original, "sinks", None),
     )
 
 

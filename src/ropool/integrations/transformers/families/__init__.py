@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from ropool.errors import RopoolError
 from ropool.integrations.transformers.families.family import Family
+from ropool.integrations.transformers.families.gemma3 import GEMMA3
 from ropool.integrations.transformers.families.gpt_neox import GPT_NEOX
 from ropool.integrations.transformers.families.llama import LLAMA, MISTRAL
 from ropool.integrations.transformers.families.phi3 import PHI3
 
 FAMILIES: dict[str, Family] = {
+    "gemma3_text": GEMMA3,
+    "gpt_oss": LLAMA,
     "glm": LLAMA,
     "gpt_neox": GPT_NEOX,
     "llama": LLAMA,

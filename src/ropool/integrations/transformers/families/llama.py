@@ -1,7 +1,7 @@
 """Families with a decoder like Llama's: separate projections, one norm before each half of a layer.
 
-Biases and QK-norms are taken where a module has them, and experts stand outside attention, so
-Qwen2, Qwen3, Qwen3-MoE and GLM need nothing of their own.
+Biases, QK-norms and attention sinks are taken where a module has them, and experts stand outside
+attention, so Qwen2, Qwen3, Qwen3-MoE, GLM and gpt-oss need nothing of their own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ropool.rotary import StackedRotary
 
 
 def _attention(original: Any, layer: int, rotary: StackedRotary) -> PooledAttention:
-    # The Qwen families keep the window of a layer in the layer.
+    # The Qwen families and gpt-oss keep the window of a layer in the layer.
     window = getattr(original, "sliding_window", None)
     return PooledAttention(separate_projections(original, window), layer, rotary)
 
