@@ -11,6 +11,7 @@ from ropool.engine.spec import ModelSpec
 from ropool.engine.step import Step
 from ropool.errors import RopoolError
 from ropool.integrations.transformers.families import family_of
+from ropool.integrations.transformers.linear import reordered
 from ropool.rotary import RotaryConfig, StackedRotary
 
 
@@ -32,7 +33,7 @@ class PooledModel:
         self._embed = model.get_input_embeddings()
         self._layers = decoder.layers[: config.num_hidden_layers]
         self._norm = getattr(decoder, family.norm_name)
-        self._head = family.head(model)
+        self._head = reordered(family.head(model))
         weight = self._embed.weight
         rotations = _rotations(config)
         context: int = config.max_position_embeddings
@@ -51,6 +52,7 @@ class PooledModel:
             original = getattr(layer, family.attention_name)
             attentions.append(family.attention(original, number, tables[rotations[number]]))
             setattr(layer, family.attention_name, attentions[-1])
+            reordered(layer)
         self.spec = ModelSpec(
             row=attentions[0].row,
             windows=tuple(attention.window for attention in attentions),
