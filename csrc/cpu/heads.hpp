@@ -28,6 +28,7 @@ struct Head {
     const std::byte* const weight;
     const std::int64_t dim;
     const std::int64_t rotary_dim;
+    const std::int64_t ahead;
     const Vec scale;
     Vec inverse_rms;
 
@@ -38,8 +39,14 @@ struct Head {
         else return load_part<T>(p, i, n);
     }
 
+    // May point past the tensor: asking for a line reads nothing and never faults.
+    inline __attribute__((always_inline)) void announce(std::int64_t i) const {
+        __builtin_prefetch(src + i * In::size + ahead, 1);
+    }
+
     template <bool Whole>
     inline __attribute__((always_inline)) Vec input(std::int64_t i, int n) const {
+        announce(i);
         const Vec x = read<In, Whole>(src, i, n);
         if constexpr (Norm) return x * inverse_rms * read<F32, Whole>(weight, i, n);
         else return x;
@@ -53,6 +60,7 @@ struct Head {
     }
 
     inline __attribute__((always_inline)) Two input_block(std::int64_t i) const {
+        announce(i);
         const Two x = load_block(src, i);
         if constexpr (!Norm) return x;
         const Two w = deinterleave(load<F32>(weight, i), load<F32>(weight, i + kWidth));
@@ -150,7 +158,7 @@ void heads(const Heads& call) {
         }
         Head<In, Out, Interleaved, Norm> head = {
             call.src + h * call.src_stride, call.dst + h * call.dst_stride, bytes(call.cos), bytes(call.sin),
-            bytes(call.weight), call.dim, call.rotary_dim, broadcast(scale), Vec{}};
+            bytes(call.weight), call.dim, call.rotary_dim, call.ahead, broadcast(scale), Vec{}};
         if constexpr (Norm) head.inverse_rms = broadcast(1.0F / __builtin_sqrtf(head.mean_square() + call.eps));
         head.rotary_part();
         head.passed_part();

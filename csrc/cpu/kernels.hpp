@@ -22,6 +22,7 @@ struct Heads {
     float eps;
     const std::byte* scale;  // null: 1
     std::int64_t scale_stride;
+    std::int64_t ahead;  // bytes between a line that is asked for and the line in use
 };
 using HeadsFn = void (*)(const Heads&);
 

@@ -9,15 +9,14 @@ namespace ropool::cpu {
 namespace {
 
 // Bytes moved below which one thread is faster than two.
-constexpr std::int64_t kThreadedBytes = 128 * 1024;
+constexpr std::int64_t kThreadedBytes = 512 * 1024;
 // A call is cut into so many pieces, so that threads end together, each within these sizes.
 constexpr std::int64_t kPieces = 8;
 constexpr std::int64_t kLeastPieceBytes = 8 * 1024;
 constexpr std::int64_t kMostPieceBytes = 128 * 1024;
-// Bytes written to the pool above which they would only push other data out of the caches.
-constexpr std::int64_t kStreamBytes = 512 * 1024;
-
-std::int64_t row_bytes(const Rows& rows) { return rows.heads * rows.dim * size_of(rows.dtype); }
+// Bytes written to the pool above which they go past the caches: pool rows that are free have not been touched for long,
+// and an ordinary store would first read them.
+constexpr std::int64_t kStreamBytes = 16 * 1024;
 
 }  // namespace
 
@@ -31,6 +30,8 @@ std::int64_t size_of(DType dtype) {
         default: return 0;
     }
 }
+
+std::int64_t row_bytes(const Rows& rows) { return rows.heads * rows.dim * size_of(rows.dtype); }
 
 Plan::Route Plan::route(const Plane& plane, DType source, std::int64_t dim, bool computed) {
     if (plane.dtype == DType::none) return Route::none;

@@ -47,7 +47,10 @@ private:
     bool stream_ = false;
 };
 
-// Scale of a storage type in bytes.
+// Size of a storage type in bytes.
 std::int64_t size_of(DType dtype);
+
+// Bytes of one token's heads.
+std::int64_t row_bytes(const Rows& rows);
 
 }  // namespace ropool::cpu

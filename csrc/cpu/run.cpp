@@ -33,7 +33,11 @@ float* scratch(std::int64_t floats) {
 }
 
 // Tokens between asking for a row and using it; twice that for rows of which only the page is asked for.
-constexpr std::int64_t kAhead = 2;
+constexpr std::int64_t kAhead = 4;
+// Bytes between asking for a line of Q, K or V and using it: the machine's own look-ahead ends with each page. Heads go
+// line by line, rows that are copied are asked for as a whole.
+constexpr std::int64_t kHeadsAhead = 4096;
+constexpr std::int64_t kCopyAhead = 2048;
 
 template <bool write>
 void prefetch(const std::byte* p, std::int64_t bytes) {
@@ -99,10 +103,19 @@ public:
     }
 
     void units(std::int64_t begin, std::int64_t end) {
+        const std::int64_t ahead = stream_k_ ? 2 * kAhead : kAhead;
+        const std::int64_t first = begin / plan_.parts_;
+        const std::int64_t last = (end - 1) / plan_.parts_;
+        for (std::int64_t t = first + 1; t < first + ahead && t <= last; ++t) announce(t);
         for (std::int64_t unit = begin; unit < end; ++unit) {
             const std::int64_t t = unit / plan_.parts_;
-            announce(t + (stream_k_ ? 2 * kAhead : kAhead));
-            token(t, unit % plan_.parts_);
+            const std::int64_t part = unit % plan_.parts_;
+            if (part == 0) {
+                if (t + ahead <= last) announce(t + ahead);
+                announce_copied(t, last);
+            }
+            heads_ahead_ = t < last ? kHeadsAhead : 0;
+            token(t, part);
         }
         if (stream_k_ || stream_v_) plan_.kernels_.stream_fence();
     }
@@ -133,9 +146,8 @@ private:
     }
 
     // Positions and slots jump about: the pages of a row (and the lines, unless they are streamed past the caches) are
-    // asked for a few tokens early. Q, K and V stand in order, which the machine sees by itself.
+    // asked for a few tokens early.
     void announce(std::int64_t t) const {
-        if (t >= call_.tokens) return;
         if (call_.rotary.rotary_dim > 0) {
             const std::byte* row = table_row(t, 0);
             const std::int64_t bytes = call_.rotary.rotary_dim * size_of(call_.rotary.table_dtype);
@@ -145,6 +157,23 @@ private:
         if (slot < 0) return;
         if (call_.k.heads > 0) announce_row(call_.k_pool, at_.k_pool, slot, call_.k, stream_k_);
         if (call_.v.heads > 0) announce_row(call_.v_pool, at_.v_pool, slot, call_.v, stream_v_);
+    }
+
+    // K and V that no heads kernel reads.
+    void announce_copied(std::int64_t t, std::int64_t last) const {
+        if (plan_.k_route_ == Plan::Route::copy && plan_.k_back_ == nullptr) announce_source(call_.k, at_.k, t, last);
+        if (plan_.v_route_ != Plan::Route::none) announce_source(call_.v, at_.v, t, last);
+    }
+
+    static void announce_source(const Rows& rows, const std::byte* base, std::int64_t t, std::int64_t last) {
+        const std::int64_t bytes = row_bytes(rows);
+        t += std::max<std::int64_t>(1, kCopyAhead / bytes);
+        if (t > last) return;
+        const std::byte* row = base + t * rows.token_stride;
+        const bool whole = rows.head_stride * rows.heads == bytes;
+        for (std::int64_t h = 0; h < (whole ? 1 : rows.heads); ++h) {
+            prefetch<false>(row + h * rows.head_stride, whole ? bytes : bytes / rows.heads);
+        }
     }
 
     static void announce_row(const Plane& plane, const std::byte* base, std::int64_t slot, const Rows& rows,
@@ -215,6 +244,7 @@ private:
         heads.heads = range.count;
         heads.dim = rows.dim;
         heads.eps = call_.norm_eps;
+        heads.ahead = heads_ahead_;
         return heads;
     }
 
@@ -314,6 +344,7 @@ private:
     float* sin_;
     const float* row_cos_ = nullptr;
     const float* row_sin_ = nullptr;
+    std::int64_t heads_ahead_ = 0;
     const float* q_weight_;
     const float* k_weight_;
     std::byte* stage_;

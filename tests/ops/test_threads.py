@@ -44,16 +44,17 @@ def together(works: list[Callable[[], None]]) -> None:
 
 
 def test_concurrent_calls(backend: Backend) -> None:
-    """Small and large calls of every op, first calls with a cold cache among them."""
+    """Small calls, and calls large enough for several threads, first calls with a cold cache among
+    them."""
     cases = [
-        Case(op=op, seed=seed, tokens=tokens, pages=64, heads_q=8, pool_dtype=pool, head_dim=64)
+        Case(op=op, seed=seed, tokens=tokens, pages=256, heads_q=8, pool_dtype=pool, head_dim=64)
         for seed, (op, tokens, pool) in enumerate(
             [
-                ("rope_store_kv_", 130, "model"),
+                ("rope_store_kv_", 520, "model"),
                 ("rope_store_kv_", 1, FP8[0]),
-                ("rope_", 200, "model"),
-                ("store_kv_", 250, "model"),
-                ("store_mla_", 100, "model"),
+                ("rope_", 800, "model"),
+                ("store_kv_", 1000, "model"),
+                ("store_mla_", 600, "model"),
                 ("rope_store_mla_", 3, "model"),
             ]
         )
