@@ -26,6 +26,8 @@ def spec_of(
         windows=windows,
         max_position=4096,
         rotary_switch=None,
+        position_streams=1,
+        hidden_size=64,
         eos_ids=frozenset(),
         vocabulary=10,
         dtype=dtype,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 VOCAB = 199
 
@@ -26,6 +26,21 @@ _COMMON = {
     "eos_token_id": None,
     "pad_token_id": None,
     "tie_word_embeddings": False,
+}
+
+_VISION = {
+    "vision_config": {
+        "depth": 1,
+        "embed_dim": 32,
+        "hidden_size": 64,
+        "num_heads": 2,
+        "patch_size": 4,
+        "temporal_patch_size": 1,
+    },
+    "image_token_id": VOCAB - 1,
+    "video_token_id": VOCAB - 2,
+    "vision_start_token_id": VOCAB - 3,
+    "vision_end_token_id": VOCAB - 4,
 }
 
 LLAMA3_ROPE = {
@@ -131,6 +146,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         "final_logit_softcapping": 12.0,
     },
+    "qwen2_vl": {
+        "model_type": "qwen2_vl",
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [2, 3, 3],
+        },
+    },
 }
 
 SEEDS = {"gpt-oss": 8, "phi3": 8, "phi3-longrope": 8, "phi3-longrope-window": 8}
@@ -141,8 +164,13 @@ def build(name: str, **changes: Any) -> Any:
     """The `transformers` model `name` of `MODELS` with random float32 weights, the same at each
     call."""
     settings = {**_COMMON, **MODELS[name], **changes}
+    auto_class = AutoModelForCausalLM
+    if settings["model_type"] == "qwen2_vl":
+        auto_class = AutoModelForImageTextToText
+        text = {key: value for key, value in settings.items() if key != "model_type"}
+        settings = {"model_type": "qwen2_vl", "text_config": text, **_VISION}
     config = AutoConfig.for_model(**settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = auto_class.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(SEEDS.get(name, 7))
 
     def normal(parameter: Tensor, std: float, mean: float = 0.0) -> None:

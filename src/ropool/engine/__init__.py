@@ -1,6 +1,7 @@
 """A small engine: continuous batching over one KV pool."""
 
 from ropool.engine.engine import Engine, Event, Throughput
+from ropool.engine.inputs import PromptInputs
 from ropool.engine.request import FinishReason, Request, SamplingParams
 from ropool.engine.spec import ModelSpec
 
@@ -9,6 +10,7 @@ __all__ = [
     "Event",
     "FinishReason",
     "ModelSpec",
+    "PromptInputs",
     "Request",
     "SamplingParams",
     "Throughput",

@@ -12,12 +12,13 @@ import torch
 
 from ropool.engine.cache import KVCache
 from ropool.engine.detokenizer import Detokenizer
+from ropool.engine.inputs import PromptInputs
 from ropool.engine.model import CausalModel, Tokenizer
 from ropool.engine.pools import CacheDtype
 from ropool.engine.request import FinishReason, Request, SamplingParams
 from ropool.engine.sampling import sample
 from ropool.engine.scheduler import Scheduler
-from ropool.engine.step import Span, build_step
+from ropool.engine.step import build_step
 from ropool.errors import RopoolError
 
 
@@ -98,9 +99,17 @@ class Engine:
         self.throughput = Throughput()
         self._ids = itertools.count()
 
-    def add(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Request:
-        """Queue a prompt. Raises `RopoolError` when it can never be served: empty, longer than the
-        model's context, or, with its answer, larger than the pool."""
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        inputs: PromptInputs | None = None,
+    ) -> Request:
+        """Queue a prompt, with `inputs` when it has more than tokens, such as images.
+
+        Raises `RopoolError` when it can never be served: empty, longer than the model's context,
+        or, with its answer, larger than the pool; and when the inputs do not fit it.
+        """
         params = params or SamplingParams()
         limit, slots = self.model.spec.max_position, self.cache.allocator.slots
         if not prompt:
@@ -109,9 +118,13 @@ class Engine:
         for token in prompt:
             if not isinstance(token, int) or not 0 <= token < vocabulary:
                 raise RopoolError(f"the prompt has token {token!r}; allowed: 0 to {vocabulary - 1}")
-        if len(prompt) >= limit:
+        if inputs is not None:
+            inputs.check(len(prompt), self.model.spec)
+        detokenizer = Detokenizer(self.tokenizer) if self.tokenizer else None
+        request = Request(next(self._ids), list(prompt), params, detokenizer, inputs)
+        if request.length >= limit:
             raise RopoolError(
-                f"the prompt has {len(prompt)} tokens; the model's context holds {limit}, "
+                f"the prompt has {request.length} tokens; the model's context holds {limit}, "
                 "the answer included"
             )
         # The last token of an answer is never computed.
@@ -121,8 +134,6 @@ class Engine:
                 f"the pool has {slots} slots; a prompt of {len(prompt)} tokens with up to "
                 f"{params.max_new_tokens} new tokens needs {needed}"
             )
-        detokenizer = Detokenizer(self.tokenizer) if self.tokenizer else None
-        request = Request(next(self._ids), list(prompt), params, detokenizer)
         self.scheduler.add(request)
         return request
 
@@ -144,13 +155,7 @@ class Engine:
         batch = self.scheduler.schedule()
         if not batch:
             return []
-        spans = []
-        for request, count in batch:
-            end = request.computed + count
-            tokens = request.tokens[request.computed : end]
-            wanted = end == len(request.tokens)
-            offset = self._rotary_offset(request)
-            spans.append(Span(tokens, request.computed, request.table, wanted, offset))
+        spans = [request.span(count, self.model.spec) for request, count in batch]
         prefill = any(request.remaining > 1 for request, _ in batch)
         logits = self.model.forward(build_step(spans, self.cache))
         requests = [pair[0] for pair, span in zip(batch, spans, strict=True) if span.sample]
@@ -181,10 +186,6 @@ class Engine:
             pass
         return requests
 
-    def _rotary_offset(self, request: Request) -> int:
-        switch = self.model.spec.rotary_switch
-        return switch if switch is not None and len(request.tokens) > switch else 0
-
     def _append(self, request: Request, token: int) -> Event:
         spec = self.model.spec
         request.tokens.append(token)
@@ -194,7 +195,7 @@ class Engine:
             piece += self._finish(request, FinishReason.STOP)
         elif (
             len(request.output) >= request.params.max_new_tokens
-            or len(request.tokens) >= spec.max_position
+            or request.length >= spec.max_position
         ):
             piece += self._finish(request, FinishReason.LENGTH)
         elif len(request.tokens) - 1 == spec.rotary_switch:

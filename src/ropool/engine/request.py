@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from ropool.engine.cache import PageTable
 from ropool.engine.detokenizer import Detokenizer
+from ropool.engine.inputs import PromptInputs
+from ropool.engine.spec import ModelSpec
+from ropool.engine.step import Span
 from ropool.errors import RopoolError
 
 
@@ -51,6 +54,7 @@ class Request:
     tokens: list[int]
     params: SamplingParams
     detokenizer: Detokenizer | None = None
+    inputs: PromptInputs | None = None
     table: PageTable = field(default_factory=PageTable)
     computed: int = 0
     """Tokens whose K and V are in the pool; 0 again after a preemption."""
@@ -65,6 +69,29 @@ class Request:
     def output(self) -> list[int]:
         """The tokens of the answer, the end-of-text token included."""
         return self.tokens[self.prompt_tokens :]
+
+    @property
+    def length(self) -> int:
+        """Tokens of the context that are used: their number, or the next position where that is
+        greater."""
+        return len(self.tokens) + (max(self.inputs.shift, 0) if self.inputs else 0)
+
+    def span(self, count: int, spec: ModelSpec) -> Span:
+        """The next `count` tokens to be computed."""
+        start, end = self.computed, self.computed + count
+        positions = self.inputs.positions_of(start, end) if self.inputs else None
+        if positions is None:
+            switch = spec.rotary_switch
+            first = switch if switch is not None and len(self.tokens) > switch else 0
+            positions = [range(first + start, first + end)] * spec.position_streams
+        return Span(
+            tokens=self.tokens[start:end],
+            start=start,
+            table=self.table,
+            sample=end == len(self.tokens),
+            positions=positions,
+            embeddings=self.inputs.embeddings_of(start, end) if self.inputs else [],
+        )
 
     @property
     def remaining(self) -> int:

@@ -37,6 +37,10 @@ class ModelSpec:
     rotary_switch: int | None
     """The length beyond which all tokens of a request rotate by other frequencies (LongRoPE). In
     the table those stand below this many rows of the others."""
+    position_streams: int
+    """3 for M-RoPE, whose tokens have a temporal, a height and a width position; otherwise 1."""
+    hidden_size: int
+    """Width of an embedding."""
     eos_ids: frozenset[int]
     vocabulary: int
     """Token ids are below this."""

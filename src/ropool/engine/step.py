@@ -24,8 +24,11 @@ class Span(NamedTuple):
     table: PageTable
     sample: bool
     """Whether the logits after the last token are wanted."""
-    rotary_offset: int = 0
-    """Row of the rotary table where position 0 of a request of this length stands."""
+    positions: Sequence[Sequence[int]]
+    """Rows of the rotary table: one list, or three with M-RoPE."""
+    embeddings: Sequence[tuple[int, Tensor]]
+    """What stands in place of the embeddings of tokens: number of the first one in this span, and
+    `[m, hidden]`."""
 
     @property
     def end(self) -> int:
@@ -53,10 +56,13 @@ class Step:
 
     tokens: Tensor
     positions: Tensor
-    """`[T]`, rows of the rotary table."""
+    """`[T]`, or `[3, T]` with M-RoPE: rows of the rotary table."""
     slots: Tensor
     """`[T]`, slots of the full pool."""
     sample_rows: Tensor
+    embeddings: list[tuple[int, Tensor]]
+    """Rows that stand in place of the embeddings of tokens: number of the first token, and `[m,
+    hidden]`."""
     layers: list[LayerCache]
     latent_layers: list[LatentCache]
     """Of an MLA model, whose `layers` are none."""
@@ -74,12 +80,15 @@ def build_step(spans: Sequence[Span], cache: KVCache) -> Step:
     """
     cache.clear_fresh()
     tokens: list[int] = []
-    positions: list[int] = []
+    positions: list[list[int]] = [[] for _ in spans[0].positions]
     slots: list[int] = []
     sample_rows: list[int] = []
+    embeddings: list[tuple[int, Tensor]] = []
     for span in spans:
+        embeddings += [(len(tokens) + first, rows) for first, rows in span.embeddings]
         tokens += span.tokens
-        positions += range(span.rotary_offset + span.start, span.rotary_offset + span.end)
+        for stream, own in zip(positions, span.positions, strict=True):
+            stream += own
         pages = span.table.pages
         slots += [
             pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(span.start, span.end)
@@ -91,9 +100,10 @@ def build_step(spans: Sequence[Span], cache: KVCache) -> Step:
     device = cache.spec.device
     return Step(
         tokens=torch.tensor(tokens, device=device),
-        positions=torch.tensor(positions, device=device),
+        positions=torch.tensor(positions if len(positions) > 1 else positions[0], device=device),
         slots=torch.tensor(slots, device=device),
         sample_rows=torch.tensor(sample_rows, dtype=torch.int64, device=device),
+        embeddings=embeddings,
         layers=cache.layers,
         latent_layers=cache.latent_layers,
         groups=groups,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from ropool.errors import RopoolError
 from ropool.integrations.transformers.families import family_of
@@ -38,9 +38,9 @@ def load(
     source = _find(name, report)
     try:
         config = AutoConfig.from_pretrained(source)
-        family_of(config.model_type)
+        family = family_of(config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = family.auto_class.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True
         )
     except RopoolError:

@@ -27,8 +27,8 @@ class PooledModel:
     """
 
     def __init__(self, model: Any) -> None:
-        config = model.config
-        family = family_of(config.model_type)
+        family = family_of(model.config.model_type)
+        config = model.config.get_text_config(decoder=True)
         decoder = family.decoder(model)
         self._embed = model.get_input_embeddings()
         self._layers = decoder.layers[: config.num_hidden_layers]
@@ -47,6 +47,9 @@ class PooledModel:
                 f"the rotations of the model's layers change at different lengths, {switches}; "
                 "one is covered"
             )
+        streams = {3 if rotation.mrope_section else 1 for rotation in rotations}
+        if len(streams) > 1 or (streams == {3} and switches != {None}):
+            raise RopoolError("M-RoPE is covered in all layers alike and without LongRoPE only")
         attentions = []
         for number, layer in enumerate(self._layers):
             original = getattr(layer, family.attention_name)
@@ -58,6 +61,8 @@ class PooledModel:
             windows=tuple(attention.window for attention in attentions),
             max_position=context,
             rotary_switch=switches.pop(),
+            position_streams=streams.pop(),
+            hidden_size=weight.shape[1],
             eos_ids=_eos_ids(model),
             vocabulary=weight.shape[0],
             dtype=weight.dtype,
@@ -69,6 +74,8 @@ class PooledModel:
         """See `ropool.engine.model.CausalModel`."""
         # The library's layers know batches only, and some of its MoE blocks insist.
         hidden = self._embed(step.tokens[None])
+        for first, rows in step.embeddings:
+            hidden[0, first : first + len(rows)] = rows
         for layer in self._layers:
             hidden = layer(hidden, step=step)
         return self._head(self._norm(hidden[0, step.sample_rows])).float()
@@ -87,7 +94,7 @@ def _rotations(config: Any) -> list[RotaryConfig]:
 
 def _eos_ids(model: Any) -> frozenset[int]:
     """End-of-text tokens; the generation config goes first, as in the library's own `generate`."""
-    for config in (getattr(model, "generation_config", None), model.config):
+    for config in (getattr(model, "generation_config", None), model.config.get_text_config()):
         ids = getattr(config, "eos_token_id", None)
         if ids is not None:
             return frozenset([ids] if isinstance(ids, int) else ids)

@@ -10,7 +10,7 @@ from ropool.errors import RopoolError
 from ropool.integrations.transformers.families.family import Family
 from ropool.integrations.transformers.families.gemma3 import GEMMA3
 from ropool.integrations.transformers.families.gpt_neox import GPT_NEOX
-from ropool.integrations.transformers.families.llama import LLAMA, MISTRAL
+from ropool.integrations.transformers.families.llama import LLAMA, MISTRAL, QWEN2_VL
 from ropool.integrations.transformers.families.phi3 import PHI3
 
 FAMILIES: dict[str, Family] = {
@@ -22,6 +22,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": MISTRAL,
     "phi3": PHI3,
     "qwen2": LLAMA,
+    "qwen2_vl": QWEN2_VL,
     "qwen3": LLAMA,
     "qwen3_moe": LLAMA,
 }

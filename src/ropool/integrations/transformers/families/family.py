@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from ropool.engine.spec import KVRow, LatentRow
 from ropool.rotary import StackedRotary
@@ -39,6 +40,8 @@ class Family:
     the rotation of that layer."""
     decoder: Callable[[Any], Any] = lambda model: model.model
     """The module with `layers` and the last norm."""
+    auto_class: Any = AutoModelForCausalLM
+    """What loads a model by its directory or name."""
     attention_name: str = "self_attn"
     """Where a layer has its attention."""
     norm_name: str = "norm"

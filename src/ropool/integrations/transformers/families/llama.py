@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import AutoModelForImageTextToText
+
 from ropool.integrations.transformers.attention import PooledAttention, separate_projections
 from ropool.integrations.transformers.families.family import Family
 from ropool.rotary import StackedRotary
@@ -25,5 +27,11 @@ def _mistral_attention(original: Any, layer: int, rotary: StackedRotary) -> Pool
 
 
 LLAMA = Family(attention=_attention)
+QWEN2_VL = Family(
+    attention=_attention,
+    decoder=lambda model: model.model.language_model,
+    auto_class=AutoModelForImageTextToText,
+)
+"""The language model of Qwen2-VL."""
 MISTRAL = Family(attention=_mistral_attention)
 """As Llama, with one window for all layers, which only the config knows."""
