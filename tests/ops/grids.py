@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
-from ops.calls import FP8, Case
+from ops.calls import FNUZ, FP8, Case
 from ops.pairwise import pairwise
 
 HEADS = [(9, 3), (32, 8), (1, 1), (8, 1), (5, 5), (12, 4)]
@@ -135,3 +136,23 @@ def store_mla_cases() -> list[Case]:
 def rope_store_mla_cases() -> list[Case]:
     parameters = COMMON | ROTATION | MLA | Q_OUT
     return [_mla_case("rope_store_mla_", i, drawn) for i, drawn in enumerate(pairwise(parameters))]
+
+
+GRIDS = (rope_cases, rope_store_kv_cases, store_kv_cases, store_mla_cases, rope_store_mla_cases)
+
+
+def half_of_all() -> list[Case]:
+    """Every second case of each op, which is most values of every option."""
+    return [case for cases in GRIDS for case in cases()[::2]]
+
+
+def fnuz_cases() -> list[Case]:
+    """Every second case that writes fp8, in the FNUZ encodings instead."""
+    other = dict(zip(FP8, FNUZ, strict=True))
+    found = []
+    for case in (case for cases in GRIDS for case in cases()):
+        pool = other.get(case.pool_dtype, case.pool_dtype)
+        q_out = other.get(case.q_out or "", case.q_out)
+        if (pool, q_out) != (case.pool_dtype, case.q_out) and case.row_format != "fp8_ds_mla":
+            found.append(replace(case, pool_dtype=pool, q_out=q_out))
+    return found[::2]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ops.backend import Backend
-from ops.calls import FP8, Case, arguments, check, check_args
+from ops.calls import FNUZ, FP8, Case, arguments, check_args, check_stored
 from oracle.formats import decode
 
 BASE = Case(op="rope_store_kv_")
@@ -21,7 +21,7 @@ MLA = Case(op="rope_store_mla_", heads_q=3, head_dim=64, row_format="fp8_ds_mla"
 
 
 @pytest.mark.parametrize("source", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("stored", FP8)
+@pytest.mark.parametrize("stored", FP8 + FNUZ)
 @pytest.mark.parametrize("scale", [None, 1.0, 0.37, 2.0**-20])
 def test_hazard_10_every_half_value_in_fp8(
     source: torch.dtype, stored: str, scale: float | None, backend: Backend
@@ -39,10 +39,10 @@ def test_hazard_10_every_half_value_in_fp8(
         "k_scale": scales,
         "v_scale": scales,
     }
-    check_args("store_kv_", args, backend)
+    check_stored("store_kv_", args, backend)
 
 
-@pytest.mark.parametrize("stored", FP8)
+@pytest.mark.parametrize("stored", FP8 + FNUZ)
 def test_hazard_10_float32_next_to_every_tie(stored: str, backend: Backend) -> None:
     """Between two neighbours: the last float32 before the middle, the middle, the first after."""
     dtype = getattr(torch, stored)
@@ -69,10 +69,10 @@ def test_hazard_10_float32_next_to_every_tie(stored: str, backend: Backend) -> N
         "slot_mapping": torch.arange(tokens),
         "layout": "slots",
     }
-    check_args("store_kv_", args, backend)
+    check_stored("store_kv_", args, backend)
 
 
-@pytest.mark.parametrize("stored", FP8)
+@pytest.mark.parametrize("stored", FP8 + FNUZ)
 def test_hazard_10_scales_divide_and_each_head_has_its_own(stored: str, backend: Backend) -> None:
     for k_scale, v_scale, q_scale in itertools.product([None, "one", "tensor", "head"], repeat=3):
         case = replace(
@@ -88,7 +88,7 @@ def test_hazard_10_scales_divide_and_each_head_has_its_own(stored: str, backend:
             heads_kv=4,
             specials=True,
         )
-        check(case, backend)
+        check_stored(case.op, arguments(case), backend)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from oracle.formats import bounds, decode
+from oracle.formats import FORMATS, bounds, decode
 from oracle.ops import Expected
 
 Bools = NDArray[np.bool_]
@@ -112,8 +112,10 @@ def _check_written(tensor: torch.Tensor, result: Expected) -> None:
     nan = np.isnan(result.value)
     with np.errstate(invalid="ignore"):
         right = np.where(nan, np.isnan(got), (low <= got) & (got <= high))
-    # What is only copied keeps the sign of its zeros too.
+    # What is only copied keeps the sign of its zeros too, where the format has both.
     copied = (result.slack == 0) & ~nan
+    if not FORMATS[result.dtype].negative_zero:
+        copied &= got != 0
     right &= ~copied | (np.signbit(result.value) == np.signbit(got))
     wrong = result.written & ~right
     if wrong.any():

@@ -19,6 +19,7 @@ class Format:
     min_exponent: int
     largest: float
     saturates: bool
+    negative_zero: bool = True
 
     def round(self, exact: Array) -> Array:
         """Nearest value of the format, ties to even, subnormals kept; NaN stays NaN."""
@@ -43,6 +44,8 @@ FORMATS = {
     torch.bfloat16: Format(7, -126, (2 - 2**-7) * 2.0**127, False),  # 2**-8 relative
     torch.float8_e4m3fn: Format(3, -6, 448.0, True),  # 2**-4 relative: the neighbour only at a tie
     torch.float8_e5m2: Format(2, -14, 57344.0, True),  # 2**-3 relative: the neighbour only at a tie
+    torch.float8_e4m3fnuz: Format(3, -7, 240.0, True, negative_zero=False),  # as e4m3fn
+    torch.float8_e5m2fnuz: Format(2, -15, 57344.0, True, negative_zero=False),  # as e5m2
 }
 
 # The slack, in multiples of half a float32 step (2**-24) of the terms' magnitudes.
@@ -53,9 +56,13 @@ DIVIDE_STEPS = 4  # a division, or a reciprocal and a product
 TINY = 2.0**-149  # a product that underflows
 
 
-def _decode_table(exponent_bits: int, mantissa_bits: int, has_infinity: bool) -> Array:
+def _decode_table(
+    exponent_bits: int, mantissa_bits: int, *, has_infinity: bool = False, fnuz: bool = False
+) -> Array:
+    """The value of each code. FNUZ formats have a bias one greater, no infinity, and their only
+    NaN where the others have -0."""
     table = np.zeros(256)
-    bias = 2 ** (exponent_bits - 1) - 1
+    bias = 2 ** (exponent_bits - 1) - (not fnuz)
     top = 2**exponent_bits - 1
     for code in range(256):
         sign = -1.0 if code & 0x80 else 1.0
@@ -64,7 +71,7 @@ def _decode_table(exponent_bits: int, mantissa_bits: int, has_infinity: bool) ->
         fraction = mantissa / 2**mantissa_bits
         if has_infinity and exponent == top:
             value = np.inf if mantissa == 0 else np.nan
-        elif not has_infinity and code & 0x7F == 0x7F:
+        elif (fnuz and code == 0x80) or not (fnuz or has_infinity or code & 0x7F != 0x7F):
             value = np.nan
         elif exponent == 0:
             value = fraction * 2.0 ** (1 - bias)
@@ -75,8 +82,10 @@ def _decode_table(exponent_bits: int, mantissa_bits: int, has_infinity: bool) ->
 
 
 _DECODE_FP8 = {
-    torch.float8_e4m3fn: _decode_table(4, 3, has_infinity=False),
+    torch.float8_e4m3fn: _decode_table(4, 3),
     torch.float8_e5m2: _decode_table(5, 2, has_infinity=True),
+    torch.float8_e4m3fnuz: _decode_table(4, 3, fnuz=True),
+    torch.float8_e5m2fnuz: _decode_table(5, 2, fnuz=True),
 }
 
 

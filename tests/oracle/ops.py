@@ -21,7 +21,6 @@ from oracle.formats import (
 
 FLT_MAX = float(np.finfo(np.float32).max)
 TILE = 128
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class Row(NamedTuple):

@@ -13,7 +13,15 @@ from oracle import MismatchError, compare, expected
 from oracle.formats import FORMATS, bounds, decode
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.float8_e4m3fnuz,
+        torch.float8_e5m2fnuz,
+    ],
+)
 def test_fp8_decoding_is_pytorchs(dtype: torch.dtype) -> None:
     # PyTorch widens fp8 exactly; only its narrowing has changed between releases.
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(dtype)
@@ -62,6 +70,14 @@ def test_e4m3_rounding_by_hand(exact: float, stored: float) -> None:
 )
 def test_e5m2_rounding_by_hand(exact: float, stored: float) -> None:
     assert float(FORMATS[torch.float8_e5m2].round(np.array([exact]))[0]) == stored
+
+
+@pytest.mark.parametrize(
+    ("exact", "stored"),
+    [(1e9, 240.0), (-math.inf, -240.0), (2.0**-10, 2.0**-10), (2.0**-11, 0.0), (1.0625, 1.0)],
+)
+def test_e4m3fnuz_rounding_by_hand(exact: float, stored: float) -> None:
+    assert float(FORMATS[torch.float8_e4m3fnuz].round(np.array([exact]))[0]) == stored
 
 
 def _rope_args(interleaved: bool) -> dict[str, Any]:

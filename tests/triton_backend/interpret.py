@@ -10,14 +10,16 @@ import sys
 import warnings
 
 import hypothesis.strategies as st
-import numpy as np
 import torch
 from hypothesis import given, settings
 
-import ropool
 from ops import grids
 from ops.backend import Backend
-from ops.calls import check
+from ops.calls import FNUZ, check
+from ops.test_hazard_fp8 import (
+    test_hazard_10_every_half_value_in_fp8,
+    test_hazard_10_float32_next_to_every_tie,
+)
 from ops.test_random_calls import OPS, cases
 
 TRITON = Backend("triton", "cpu")
@@ -27,14 +29,7 @@ RANDOM_CALLS = 80
 
 def grid() -> None:
     """Every second case of the pairwise grids, which is most values of every option."""
-    chosen = [
-        *grids.rope_cases()[::2],
-        *grids.rope_store_kv_cases()[::2],
-        *grids.store_kv_cases()[::2],
-        *grids.store_mla_cases()[::2],
-        *grids.rope_store_mla_cases()[::2],
-    ]
-    for case in chosen:
+    for case in grids.half_of_all():
         print(case, flush=True)
         check(case, TRITON)
 
@@ -51,45 +46,13 @@ def random() -> None:
 
 
 def fnuz() -> None:
-    """The FNUZ encodings of gfx942, which the oracle does not know: each code's value, the midpoint
-    to the next and both neighbours of that go to the nearest value, ties to the even code."""
-    for dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz):
-        codes = torch.arange(128, dtype=torch.uint8)
-        values = codes.view(dtype).double().numpy()
-        middle = ((values[1:] + values[:-1]) / 2).astype(np.float32)
-        inputs = np.concatenate(
-            [
-                values.astype(np.float32),
-                middle,
-                np.nextafter(middle, np.float32(0)),
-                np.nextafter(middle, np.float32(np.inf)),
-                np.array([values[-1] * 2, 1e38, np.inf, 1e-30, 0.0], dtype=np.float32),
-            ]
-        )
-        inputs = np.concatenate([inputs, -inputs, [np.float32(np.nan)]])
-        inputs = np.resize(inputs, (len(inputs) + 15) // 16 * 16)
-        k = torch.from_numpy(inputs).view(-1, 1, 16)
-        pools = [torch.zeros(k.shape, dtype=torch.uint8).view(dtype) for _ in range(2)]
-        ropool.store_kv_(k, k, *pools, torch.arange(len(k)), layout="slots", backend=TRITON.name)
-        for pool in pools:
-            np.testing.assert_array_equal(
-                pool.view(torch.uint8).reshape(-1), nearest(inputs, values)
-            )
-
-
-def nearest(inputs: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The code of the nearest of `values`, the positive ones in the order of their codes."""
-    codes = np.zeros(len(inputs), dtype=np.uint8)
-    for i, x in enumerate(inputs):
-        if np.isnan(x):
-            codes[i] = 0x80
-            continue
-        distance = np.abs(values - min(abs(float(x)), values[-1]))
-        best = np.flatnonzero(distance == distance.min())
-        code = int(best[best % 2 == 0][0] if len(best) > 1 else best[0])
-        # There is one zero; what would be -0 is NaN.
-        codes[i] = code | (0x80 if x < 0 and code else 0)
-    return codes
+    """The FNUZ encodings of gfx942: every half value, every tie, and calls of the grids."""
+    for stored in FNUZ:
+        test_hazard_10_every_half_value_in_fp8(torch.float16, stored, None, TRITON)
+        test_hazard_10_float32_next_to_every_tie(stored, TRITON)
+    for case in grids.fnuz_cases()[::2]:
+        print(case, flush=True)
+        check(case, TRITON)
 
 
 if __name__ == "__main__":
