@@ -64,7 +64,7 @@ public:
             std::byte** member = pointer_named(layout, nb::cast<std::string>(operand[1]));
             const auto at = reinterpret_cast<std::byte*>(member) - reinterpret_cast<std::byte*>(&layout);
             operands_.push_back({nb::cast<Py_ssize_t>(operand[0]), static_cast<std::size_t>(at),
-                                 nb::cast<std::int64_t>(operand[2])});
+                                 nb::cast<std::int64_t>(operand[2]), nb::cast<std::string>(operand[1])});
         }
     }
 
@@ -80,6 +80,9 @@ public:
             const unsigned long long value = PyLong_AsUnsignedLongLong(address);
             Py_DECREF(address);
             if (value == static_cast<unsigned long long>(-1) && PyErr_Occurred() != nullptr) throw nb::python_error();
+            if (value == 0) {
+                throw std::runtime_error("ropool: " + operand.name + " has no memory: its storage was freed");
+            }
             auto* target = reinterpret_cast<std::byte**>(reinterpret_cast<std::byte*>(&pointers) + operand.member);
             *target = reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(value)) + operand.offset;
         }
@@ -96,6 +99,7 @@ private:
         Py_ssize_t index;
         std::size_t member;
         std::int64_t offset;
+        std::string name;
     };
 
     Plan plan_;

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ropool
-from ops.backend import Backend
+from ops.backend import BACKENDS, Backend, require
 from ops.calls import FP8, Case, altered, arguments, check, check_args
 from ops.memory import placed, strided
 from oracle import expected
@@ -170,6 +170,18 @@ def test_duplicate_slots_write_one_of_their_tokens(backend: Backend) -> None:
             writers = [args[part][t] for t in range(6) if mapping[t] == slot] or [old[slot]]
             same = [pool[slot].view(torch.int16) == row.view(torch.int16) for row in writers]
             assert torch.stack(same).any(dim=0).all()
+
+
+def test_the_cpu_kernels_refuse_a_tensor_without_memory() -> None:
+    """Its metadata says otherwise, and reading it would end the process."""
+    backend = next(backend for backend in BACKENDS if backend.name == "cpu")
+    require(backend)
+    args = placed(arguments(BASE), backend.device)
+    args["v_pool"] = args["v_pool"].clone()
+    ropool.rope_store_kv_(**args, backend="cpu")
+    args["v_pool"].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="v_pool has no memory"):
+        ropool.rope_store_kv_(**args, backend="cpu")
 
 
 def test_expected_counts_are_not_empty() -> None:

@@ -233,6 +233,7 @@ WRONG += [
     Wrong(_FP8, "k_norm_weight", cast("k_norm_weight", torch.float16), "k_norm_weight", TypeError),
     Wrong(_FP8, "norm_eps", const(-1e-6), "norm_eps"),
     Wrong(_FP8, "norm_eps", const(float("nan")), "norm_eps"),
+    Wrong(_FP8, "norm_eps", const(10**400), "norm_eps"),
     Wrong(_FP8, "norm_eps", const("1e-6"), "norm_eps", EITHER),
     # Scales without fp8, and of the wrong number of heads.
     Wrong(_KV, "k_scale", const(torch.ones(1)), "k_scale"),

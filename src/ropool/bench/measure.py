@@ -14,6 +14,7 @@ from ropool.bench.providers import Provider
 from ropool.bench.timing import CpuTimer, Sample, Timer, interleaved
 from ropool.bench.traffic import min_bytes
 from ropool.bench.workload import Workload
+from ropool.errors import RopoolError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +78,12 @@ def measure_one(
     timer: Timer,
 ) -> list[Row]:
     """Check, then time. A provider that fails is reported; the others are measured all the same."""
-    sets = make_sets(workload, device)
+    try:
+        sets = make_sets(workload, device)
+    except (MemoryError, RuntimeError) as error:  # PyTorch raises the latter
+        raise RopoolError(
+            f"bench: {workload.describe()} does not fit the memory of {device}"
+        ) from error
     samples: dict[str, Sample] = {}
     notes: dict[str, str] = {}
     correct: dict[str, bool] = {}

@@ -183,8 +183,8 @@ class Checker:
             self.tensor(name, weight, ("D",), dict.fromkeys((torch.float32, *model)))
 
     def norm_eps(self, eps: float) -> None:
-        if not 0 <= eps < float("inf"):
-            self.fail(f"norm_eps is {eps!r}, expected a finite number of at least 0")
+        if not 0 <= eps <= _FLOAT32_MAX:
+            self.fail(f"norm_eps is {eps!r}, expected a float32 number of at least 0")
 
     def scale(
         self, name: str, scale: Tensor | None, heads: str | None, target: str, dtype: torch.dtype
@@ -275,6 +275,7 @@ class Checker:
         return "model" if pool.dtype in MODEL_DTYPES else "fp8"
 
 
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 _FLAG = ("a bool", lambda value: isinstance(value, bool))
 _OPTION_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "interleaved": _FLAG,

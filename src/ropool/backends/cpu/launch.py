@@ -97,12 +97,11 @@ def rope_store_mla_(key: Key, args: Args, options: Options) -> Launch:
 def _launch(
     call: _cpu.Call, args: Args, names: Sequence[str | None], extra: Sequence[Operand] = ()
 ) -> Launch:
-    operands = [
-        (index, name, 0)
-        for index, (name, tensor) in enumerate(zip(names, args, strict=True))
-        if name is not None and tensor is not None
-    ]
-    plan = _cpu.Launch(call, [*operands, *extra])
+    operands = [(index, name, 0) for index, name in enumerate(names) if name is not None]
+    # Nothing is read of an empty tensor, and it may have no address; every other must have one.
+    plan = _cpu.Launch(
+        call, [part for part in (*operands, *extra) if _has_elements(args[part[0]])]
+    )
     if not plan.threaded:
         return plan.run
     threads = torch.get_num_threads
@@ -111,6 +110,10 @@ def _launch(
         plan.run(args, threads())
 
     return launch
+
+
+def _has_elements(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.numel() > 0
 
 
 def _dtype(tensor: Tensor) -> str:
