@@ -28,7 +28,9 @@ Bench = Callable[..., int]
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """Runs the command with little to copy and little to rotate over."""
+    """Runs the command with little to copy and little to rotate over, and silent about a busy
+    machine."""
+    monkeypatch.setattr("ropool.cli.bench.load_average", lambda: None)
     monkeypatch.setattr(timing, "COPY_BYTES", 1 << 20)
     monkeypatch.setitem(inputs.ROTATE_BYTES, "cpu", 1 << 16)
     return lambda *arguments: main(["bench", *arguments])
