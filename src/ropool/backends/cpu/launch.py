@@ -99,9 +99,7 @@ def _launch(
 ) -> Launch:
     operands = [(index, name, 0) for index, name in enumerate(names) if name is not None]
     # Nothing is read of an empty tensor, and it may have no address; every other must have one.
-    plan = _cpu.Launch(
-        call, [part for part in (*operands, *extra) if _has_elements(args[part[0]])]
-    )
+    plan = _cpu.Launch(call, [part for part in (*operands, *extra) if _has_elements(args[part[0]])])
     if not plan.threaded:
         return plan.run
     threads = torch.get_num_threads
