@@ -3,7 +3,6 @@ pool."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from engine import tiny
 from ropool.engine import Engine, FinishReason, Request, SamplingParams
-from ropool.engine import engine as engine_module
-from ropool.engine.sampling import sample
 from ropool.errors import RopoolError
 from ropool.integrations.transformers import FAMILIES, PooledModel
 from ropool.integrations.transformers import attention as attention_module
@@ -26,20 +23,6 @@ TOLERANCE = {
     # Logits are near 10 in these models: sums in another order. Up to 3e-4 was seen.
     torch.float32: {"rtol": 1e-4, "atol": 1e-3},
 }
-
-
-@pytest.fixture
-def logits_of(monkeypatch: pytest.MonkeyPatch) -> dict[Request, list[Tensor]]:
-    """Filled with the logits from which each token of each request was chosen."""
-    seen: dict[Request, list[Tensor]] = defaultdict(list)
-
-    def spy(logits: Tensor, requests: Sequence[Request]) -> list[int]:
-        for row, request in zip(logits, requests, strict=True):
-            seen[request].append(row.clone())
-        return sample(logits, requests)
-
-    monkeypatch.setattr(engine_module, "sample", spy)
-    return seen
 
 
 def run_with_joins(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Request]:

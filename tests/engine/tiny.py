@@ -63,6 +63,27 @@ LONGROPE = {
     },
 }
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+}
+
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 40,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 6,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama-9x3-tied": {
@@ -111,6 +132,35 @@ MODELS: dict[str, dict[str, Any]] = {
     "phi3": {"model_type": "phi3"},
     "phi3-longrope": {"model_type": "phi3", **LONGROPE},
     "phi3-longrope-window": {"model_type": "phi3", "sliding_window": 19, **LONGROPE},
+    "deepseek_v2": {
+        "model_type": "deepseek_v2",
+        **DEEPSEEK,
+        "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 1.1},
+    },
+    "deepseek_v2-query-rank": {
+        "model_type": "deepseek_v2",
+        **DEEPSEEK,
+        "q_lora_rank": 24,
+        "attention_bias": True,
+        "topk_method": "group_limited_greedy",
+        "n_group": 3,
+        "topk_group": 2,
+    },
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        **DEEPSEEK,
+        "q_lora_rank": 24,
+        "n_group": 2,
+        "topk_group": 1,
+        "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "deepseek_v3-neox": {
+        "model_type": "deepseek_v3",
+        **DEEPSEEK,
+        "n_group": 3,
+        "topk_group": 2,
+        "rope_interleave": False,
+    },
     "gpt-oss": {
         "model_type": "gpt_oss",
         "head_dim": 16,
@@ -184,6 +234,7 @@ def build(name: str, **changes: Any) -> Any:
                 # Wide logits (their spread is about 4) and attention that really chooses.
                 gain = 4.0 if "embed" in key or "lm_head" in key or "q_proj" in key else 1.5
                 gain = 2.5 if "qkv_proj" in key or "query_key_value" in key else gain
+                gain = 4.0 if "q_b_proj" in key else gain
                 normal(parameter, gain / parameter.shape[-1] ** 0.5)
             elif key.endswith("sinks"):
                 normal(parameter, 3.0)

@@ -15,11 +15,11 @@ CHAT_TEMPLATE = "{% for message in messages %}Q: {{ message['content'] }} A:{% e
 GGUF_ROTATION = {"rope_type": "default", "rope_theta": 10000.0}
 
 
-def tiny_model() -> Any:
-    """A llama whose tokens are those of `byte_tokenizer`; its weights fit what GGUF can say of a
-    llama."""
+def tiny_model(name: str = "llama") -> Any:
+    """A model whose tokens are those of `byte_tokenizer`; the weights of the llama fit what GGUF
+    can say of one."""
     return tiny.build(
-        "llama",
+        name,
         vocab_size=END_ID + 1,
         num_hidden_layers=2,
         eos_token_id=END_ID,
@@ -28,11 +28,11 @@ def tiny_model() -> Any:
     )
 
 
-def write_directory(path: Path) -> Path:
+def write_directory(path: Path, name: str = "llama") -> Path:
     """A directory with config, safetensors, tokenizer and chat template."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
-    tiny_model().save_pretrained(path)
+    tiny_model(name).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 

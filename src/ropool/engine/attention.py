@@ -23,37 +23,44 @@ def paged_attention(
             (arXiv:2508.10925, section 2.2).
     """
     cache = step.layers[layer]
-    heads_q, head_dim = q.shape[1:]
-    heads_kv = cache.k.shape[2]
+    heads_kv, head_dim = cache.k.shape[2:]
     outputs = []
     for group in step.groups[cache.window_slot_map is not None]:
         shape = (group.requests, -1, heads_kv, head_dim)
         k = _gather(cache.k, group.pages, cache.k_scale, step.workspace[0]).view(shape)
         v = _gather(cache.v, group.pages, cache.v_scale, step.workspace[1]).view(shape)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
-        rows = q[group.first : group.last]
-        queries = len(rows) // group.requests
-        if sinks is not None:
-            out = _attention_with_sinks(rows, k, v, group.mask, sinks, scale)
-        elif queries == 1:
-            # The query heads of a KV head stand as its queries: no SDPA kernel has to know grouped
-            # heads.
-            packed = rows.view(group.requests, heads_kv, -1, head_dim)
-            out = F.scaled_dot_product_attention(packed, k, v, attn_mask=group.mask, scale=scale)
-        else:
-            if group.mask is None:
-                k, v = k[:, :, :queries], v[:, :, :queries]
-            out = F.scaled_dot_product_attention(
-                rows.view(group.requests, queries, heads_q, head_dim).transpose(1, 2),
-                k,
-                v,
-                attn_mask=group.mask,
-                is_causal=group.mask is None,
-                scale=scale,
-                enable_gqa=heads_q != heads_kv,
-            ).transpose(1, 2)
-        outputs.append(out.reshape(len(rows), heads_q, head_dim))
+        outputs.append(attend(q[group.first : group.last], k, v, group.mask, scale, sinks))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def attend(
+    rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, sinks: Tensor | None
+) -> Tensor:
+    """Attention of a group's queries `rows` `[N * queries, Hq, D]` over `k` and `v` `[N, Hk, keys,
+    D]`, shaped like `rows`. Its mask is that of the `AttentionGroup`; `sinks` as above."""
+    requests, heads_kv = k.shape[:2]
+    queries, heads_q, head_dim = len(rows) // requests, *rows.shape[1:]
+    if sinks is not None:
+        return _attention_with_sinks(rows, k, v, mask, sinks, scale)
+    if queries == 1:
+        # The query heads of a KV head stand as its queries: no SDPA kernel has to know grouped
+        # heads.
+        packed = rows.view(requests, heads_kv, -1, head_dim)
+        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=scale)
+    else:
+        if mask is None:
+            k, v = k[:, :, :queries], v[:, :, :queries]
+        out = F.scaled_dot_product_attention(
+            rows.view(requests, queries, heads_q, head_dim).transpose(1, 2),
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=heads_q != heads_kv,
+        ).transpose(1, 2)
+    return out.reshape(rows.shape)
 
 
 def _attention_with_sinks(

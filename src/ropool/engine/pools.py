@@ -44,9 +44,11 @@ def pool_dtype(spec: ModelSpec, asked: CacheDtype | None) -> CacheDtype:
     allowed: tuple[CacheDtype, ...] = (spec.dtype, *FP8_DTYPES)
     if spec.row == LatentRow(*DS_MLA_DIMS):
         allowed += (MLAFormat.FP8_DS_MLA,)
-    if asked is not None and asked not in allowed:
+    if asked is None:
+        return spec.dtype
+    if asked not in allowed:
         raise RopoolError(f"cache_dtype is {asked}; allowed: {', '.join(map(str, allowed))}")
-    return spec.dtype if asked is None else asked
+    return allowed[allowed.index(asked)]
 
 
 def row_bytes(row: KVRow | LatentRow, dtype: CacheDtype) -> int:

@@ -7,6 +7,7 @@ record of its own, in a file of its own when its attention is read in another wa
 from __future__ import annotations
 
 from ropool.errors import RopoolError
+from ropool.integrations.transformers.families.deepseek import DEEPSEEK
 from ropool.integrations.transformers.families.family import Family
 from ropool.integrations.transformers.families.gemma3 import GEMMA3
 from ropool.integrations.transformers.families.gpt_neox import GPT_NEOX
@@ -14,6 +15,8 @@ from ropool.integrations.transformers.families.llama import LLAMA, MISTRAL, QWEN
 from ropool.integrations.transformers.families.phi3 import PHI3
 
 FAMILIES: dict[str, Family] = {
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK,
     "gemma3_text": GEMMA3,
     "gpt_oss": LLAMA,
     "glm": LLAMA,
