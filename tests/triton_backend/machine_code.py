@@ -36,6 +36,8 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_100": ("cuda", 100, 32),
 }
 
+PROCESSORS = 128
+
 
 @dataclass(frozen=True)
 class Code:
@@ -146,7 +148,7 @@ def compile_for(case: str, target: str) -> Code:
 
     key, args, options = CASES[case]()
     gpu = GPUTarget(*TARGETS[target])
-    cut = plan(key, args[0].shape[0], gpu.warp_size)
+    cut = plan(key, args[0].shape[0], gpu.warp_size, PROCESSORS)
     call = describe(key, args, options, cut, True, launch.native_fp8(gpu))
     source = launch.source(call, args, True)
     kernel = triton.compile(source, target=gpu, options={"num_warps": call.warps})

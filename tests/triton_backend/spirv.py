@@ -25,7 +25,7 @@ from ropool.dispatch import registry
 from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args, BackendSpec, Device, KernelSpec, Launch
 from triton_backend import opencl
-from triton_backend.machine_code import CASES
+from triton_backend.machine_code import CASES, PROCESSORS
 
 SUB_GROUPS = (16, 32)
 PONTE_VECCHIO = 0x30F000700
@@ -53,7 +53,7 @@ def compile_all() -> None:
     for name, case in CASES.items():
         for lanes in SUB_GROUPS:
             key, args, options = case()
-            cut = plan(key, args[0].shape[0], lanes)
+            cut = plan(key, args[0].shape[0], lanes, PROCESSORS)
             kernel, _ = compile_for(lanes, describe(key, args, options, cut, True, False), args)
             words = len(kernel.asm["spv"]) // 4
             print(f"{name}, sub-group {lanes}: {words} words of SPIR-V", flush=True)
@@ -67,7 +67,7 @@ _lanes = [SUB_GROUPS[0]]
 def bind(key: Key, args: Args, options: Options) -> Launch:
     """As `ropool.backends.triton.launch:bind`, for tensors in the host's memory."""
     lanes, device = _lanes[0], _device[0]
-    cut = plan(key, args[0].shape[0], lanes)
+    cut = plan(key, args[0].shape[0], lanes, PROCESSORS)
     call = describe(key, args, options, cut, True, False)
 
     def run(args: Args) -> None:

@@ -20,7 +20,8 @@ from triton.runtime import driver
 from ropool.backends.triton import interpreting
 from ropool.backends.triton.call import Call, describe
 from ropool.backends.triton.kernel import heads_kernel
-from ropool.backends.triton.plan import interpreted_plan, plan
+from ropool.backends.triton.plan import Plan, interpreted_plan, plan
+from ropool.dispatch import tuning
 from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args, Launch
 
@@ -66,13 +67,38 @@ def source(call: Call, args: Args, aligned: bool) -> ASTSource:
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
-def _compile(call: Call, args: Args, aligned: bool, device: int) -> Any:
+def _compile(key: Key, call: Call, args: Args, aligned: bool, device: int) -> Any:
     """The compiled kernel for the current device, the same object for all calls that share it."""
     src = source(call, args, aligned)
     shared = (device, call.warps, str(src.signature), str(src.constants), str(src.attrs))
     if shared not in _compiled:
+        if _capturing(args[0].device):
+            raise RuntimeError(
+                f"ropool.{key.op}: the kernel for {key.describe()} is not loaded, and cannot be "
+                "while a graph is captured; warm up by calling the op once with tensors of the "
+                "same shapes, strides and alignment before the capture"
+            )
         _compiled[shared] = triton.compile(src, options={"num_warps": call.warps})
     return _compiled[shared]
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether the current stream's work is recorded into a graph, on GPUs that have them."""
+    ask = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    return ask is not None and bool(ask())
+
+
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors, compute units or Xe cores of a GPU."""
+    facts = torch.get_device_module(device).get_device_properties(device)
+    return int(facts.gpu_subslice_count if device.type == "xpu" else facts.multi_processor_count)
+
+
+def cut(key: Key, first: Tensor, lanes: int) -> Plan:
+    """How a call whose first tensor is `first` is cut on its GPU."""
+    name = torch.get_device_module(first.device).get_device_name(first.device)
+    choice = tuning.choice_of("triton", name, key, first.shape[0])
+    return plan(key, first.shape[0], lanes, processors_of(first.device), choice)
 
 
 def native_fp8(target: Any) -> bool:
@@ -89,9 +115,9 @@ def bind(key: Key, args: Args, options: Options) -> Launch:
     index: int = first.device.index
     with module.device(index):
         target = driver.active.get_current_target()
-        cut = plan(key, first.shape[0], target.warp_size)
-        call = describe(key, args, options, cut, True, native_fp8(target))
-        runners = {True: _compile(call, args, True, index)[(call.grid, 1, 1)]}
+        sizes = cut(key, first, target.warp_size)
+        call = describe(key, args, options, sizes, True, native_fp8(target))
+        runners = {True: _compile(key, call, args, True, index)[(call.grid, 1, 1)]}
 
     template = [_value(call, name) for name in heads_kernel.arg_names]
     places = [(heads_kernel.arg_names.index(name), call.sources[name]) for name in call.sources]
@@ -114,7 +140,7 @@ def bind(key: Key, args: Args, options: Options) -> Launch:
             return
         with module.device(index):
             if aligned not in runners:
-                runners[aligned] = _compile(call, args, aligned, index)[(call.grid, 1, 1)]
+                runners[aligned] = _compile(key, call, args, aligned, index)[(call.grid, 1, 1)]
             runners[aligned](*values)
 
     return launch
@@ -127,8 +153,8 @@ def _value(call: Call, name: str) -> Any:
 
 def _bind_interpreted(key: Key, args: Args, options: Options) -> Launch:
     """Run the kernel in Triton's interpreter, on tensors in the host's memory."""
-    cut = interpreted_plan(key, args[0].shape[0])
-    call = describe(key, args, options, cut, False, False)
+    sizes = interpreted_plan(key, args[0].shape[0])
+    call = describe(key, args, options, sizes, False, False)
     fixed = {name: _value(call, name) for name in heads_kernel.arg_names}
 
     def launch(args: Args) -> None:

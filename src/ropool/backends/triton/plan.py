@@ -1,20 +1,28 @@
-"""How a call is cut into programs: tokens and heads a program, warps."""
+"""How a call is cut into programs: tokens and heads a program, warps.
+
+What was measured for a call on a device of its name goes first, see `ropool.dispatch.tuning`; a
+choice has `warps` and `vectors`, 16-byte vectors that a thread loads at once. The kernel has no
+loop, so there are no stages to choose. Without a measurement the size follows from the number of
+processors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from ropool.dispatch.key import Key
+from ropool.dispatch.tuning import Choice
 
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _VECTOR_BYTES = 16
 _SIZES = ((2, 4), (1, 4), (1, 2), (1, 1))
 """`(warps, vectors a thread)` of a program, the preferred first: four vectors in flight a thread
-hide the latency of memory and keep a rotated tile within 64 registers. Measured on an H200 over
-32x8x128, 64x8x64 and 8x1x128: two warps are 3 to 4% faster than four from T = 8192 up."""
-_ENOUGH_PROGRAMS = 1024
-"""A size is taken when the call makes so many programs of it; below, smaller ones are faster."""
+hide the latency of memory and keep a rotated tile within 64 registers."""
+_PROGRAMS = 8
+"""A size is taken when the call makes so many programs of it for each processor; below, smaller
+ones spread the call better."""
+WARPS = (1, 2, 4, 8, 16)
+VECTORS = (1, 2, 4, 8, 16)
 
 
 class Block(NamedTuple):
@@ -49,15 +57,16 @@ def _block(tokens: int, heads: int, vectors: int, budget: int) -> Block:
     return Block(min(next_power_of_2(tokens), tokens_here), heads_here)
 
 
-def plan(key: Key, tokens: int, lanes: int, sizes: Sequence[tuple[int, int]] = _SIZES) -> Plan:
-    """A plan for `tokens` tokens on a GPU with `lanes` threads a warp."""
+def plan(key: Key, tokens: int, lanes: int, processors: int, choice: Choice | None = None) -> Plan:
+    """A plan for `tokens` tokens on a GPU with `lanes` threads a warp and so many processors;
+    `choice`: what was measured for such calls. Raises `ValueError` for a choice that is none."""
     heads_kv = key.heads_kv or 1
     q_vectors = _vectors(key.head_dim, key)
     v_vectors = _vectors(key.latent_dim or key.v_head_dim, key)
     total = tokens * (key.heads_q * q_vectors + heads_kv * (q_vectors + v_vectors))
-    for warps, vectors in sizes:
+    for warps, vectors in _SIZES if choice is None else [_size(choice)]:
         budget = warps * lanes * vectors
-        if total >= budget * _ENOUGH_PROGRAMS:
+        if total >= budget * _PROGRAMS * processors:
             break
     return Plan(
         _block(tokens, key.heads_q, q_vectors, budget),
@@ -65,6 +74,16 @@ def plan(key: Key, tokens: int, lanes: int, sizes: Sequence[tuple[int, int]] = _
         _block(tokens, heads_kv, v_vectors, budget),
         warps,
     )
+
+
+def _size(choice: Choice) -> tuple[int, int]:
+    for name, allowed in (("warps", WARPS), ("vectors", VECTORS)):
+        if choice.get(name) not in allowed:
+            raise ValueError(
+                f"ropool: a tuning table of the triton backend has {name} {choice.get(name)!r}; "
+                f"allowed: {', '.join(map(str, allowed))}"
+            )
+    return choice["warps"], choice["vectors"]
 
 
 def interpreted_plan(key: Key, tokens: int) -> Plan:
