@@ -13,7 +13,8 @@ import torch
 
 from ropool.bench import inputs, plots, providers, timing
 from ropool.bench.inputs import Inputs
-from ropool.bench.providers import Provider, choose
+from ropool.bench.provider import Provider
+from ropool.bench.providers import choose
 from ropool.bench.workload import Workload
 from ropool.cli.main import main
 

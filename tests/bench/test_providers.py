@@ -39,7 +39,7 @@ def test_every_op_is_right(name: str, workload: Workload) -> None:
         pytest.skip(reason)
     inputs = make_sets(workload, CPU)[0]
     call = provider.build(workload)
-    assert difference(workload, call, inputs, provider.splits_pairs) is None
+    assert difference(workload, provider, call, inputs) is None
 
 
 def spoil(name: str) -> Callable[[Inputs], None]:
@@ -82,13 +82,13 @@ def test_a_wrong_result_is_found(fault: str, said: str) -> None:
         spoiled(x)
 
     inputs = make_sets(workload, CPU)[0]
-    wrong = difference(workload, call, inputs)
+    wrong = difference(workload, provider, call, inputs)
     assert (
         wrong is not None
         and wrong.startswith(said)
         and (fault == "key in the wrong slot" or said in wrong)
     )
-    assert difference(workload, right, inputs) is None  # the pool is as it was
+    assert difference(workload, provider, right, inputs) is None  # the pool is as it was
 
 
 def test_unknown_provider_is_refused_with_the_known_ones() -> None:

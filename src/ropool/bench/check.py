@@ -3,13 +3,11 @@ is timed, and the rows of the pool that it must not touch with what they were.""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from ropool.bench.inputs import SCALE, Inputs
-from ropool.bench.providers import Call
+from ropool.bench.inputs import NORM_EPS, SCALE, Inputs, copied
+from ropool.bench.provider import Call, Provider
 from ropool.bench.workload import Workload
 
 # An element may be off by its relative part, plus the second part of the largest of its head.
@@ -22,19 +20,19 @@ TOLERANCE = {
 }
 
 
-def difference(
-    workload: Workload, call: Call, inputs: Inputs, splits_pairs: bool = False
-) -> str | None:
+def difference(workload: Workload, provider: Provider, call: Call, inputs: Inputs) -> str | None:
     """What is wrong with the outcome of `call` on a copy of `inputs`, or `None`. The pool is left
     as it was."""
     w = workload
+    if provider.verify is not None:
+        return provider.verify(call, inputs)
     mine = copied(inputs)
     kept = {name: bits(pool).clone() for name, pool in pools(mine)}
     for _, pool in pools(mine):
         as_rows(pool)[mine.slots] = 0xFF  # NaN in every format: what is not written shows
     returned = call(mine)
     got = outputs(w, mine, returned)
-    want = expected(w, inputs, splits_pairs)
+    want = expected(w, inputs, provider)
     for name, pool in pools(mine):
         as_rows(pool)[mine.slots] = as_rows(kept[name])[mine.slots]
         if not torch.equal(bits(pool), kept[name]):
@@ -44,13 +42,6 @@ def difference(
         if problem is not None:
             return f"{name}: {problem}"
     return None
-
-
-def copied(x: Inputs) -> Inputs:
-    """`x` with queries and keys of its own."""
-    q, k = x.q.clone(), x.k.clone()
-    heads = k[None, None] if k.dim() == 2 else k.transpose(0, 1).unsqueeze(0)
-    return replace(x, q=q, k=k, q_heads_first=q.transpose(0, 1).unsqueeze(0), k_heads_first=heads)
 
 
 def pools(x: Inputs) -> list[tuple[str, Tensor]]:
@@ -73,8 +64,12 @@ def outputs(w: Workload, x: Inputs, returned: Tensor | None) -> dict[str, Tensor
     """What a call has produced, in float64."""
     found = {}
     if w.heads_q:
-        q = x.q if returned is None else returned
-        found["q"] = (q[0].transpose(0, 1) if q.dim() == 4 else q).double()
+        in_place = x.q_out if w.q_dtype else x.q
+        q = in_place if returned is None else returned
+        q = q[0].transpose(0, 1) if q.dim() == 4 else q
+        if w.q_dtype:
+            q = q.view(getattr(torch, w.q_dtype)).float()
+        found["q"] = q.double() * (SCALE if w.q_dtype else 1.0)
     found["k"] = x.k.double()
     if w.kv_dtype == "fp8_ds_mla":
         row = as_rows(x.k_pool)[x.slots]
@@ -93,16 +88,22 @@ def outputs(w: Workload, x: Inputs, returned: Tensor | None) -> dict[str, Tensor
     return found
 
 
-def expected(w: Workload, x: Inputs, splits_pairs: bool) -> dict[str, Tensor]:
-    """The definition of the op, in float64."""
+def expected(w: Workload, x: Inputs, provider: Provider) -> dict[str, Tensor]:
+    """The definition of the op, in float64, with the provider's liberties."""
     q, k, v = x.q.double(), x.k.double(), x.v.double()
     rotated = k
+    if w.norm:
+        q, rotated = rms_norm(q, x.q_norm), rms_norm(k, x.k_norm)
     if w.rotary_dim:
         cos, sin = x.table[x.positions].double().chunk(2, dim=-1)
-        style = (cos, sin, w.interleaved, splits_pairs)
+        style = (cos, sin, w.interleaved, provider.splits_pairs)
         q = rotate(q, *style)
-        rotated = rotate(k.unsqueeze(1), *style).squeeze(1) if w.mla else rotate(k, *style)
-    found = {"k": rotated if w.op == "rope_" else k}
+        rotated = (
+            rotate(rotated.unsqueeze(1), *style).squeeze(1) if w.mla else rotate(rotated, *style)
+        )
+    found = {}
+    if not provider.writes_k or w.op == "rope_":
+        found["k"] = rotated if w.op == "rope_" else k
     if w.heads_q:
         found["q"] = q
     if w.mla:
@@ -110,6 +111,12 @@ def expected(w: Workload, x: Inputs, splits_pairs: bool) -> dict[str, Tensor]:
     elif w.op != "rope_":
         found |= {"k_pool": rotated, "v_pool": v}
     return found
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMSNorm of each head, in float64."""
+    mean = x.square().mean(dim=-1, keepdim=True)
+    return x * (mean + NORM_EPS).rsqrt() * weight.double()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, splits_pairs: bool) -> Tensor:
@@ -125,6 +132,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, splits_pairs:
 def tolerance(w: Workload, name: str) -> tuple[float, float]:
     """The tolerance of an output: that of the coarser of the dtypes it went through."""
     passed = [w.dtype]
+    if name == "q" and w.q_dtype:
+        passed.append(w.q_dtype)
     if name in ("k_pool", "v_pool", "latent", "rope"):
         if w.kv_dtype != "fp8_ds_mla":
             passed.append(w.kv_dtype)

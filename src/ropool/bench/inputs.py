@@ -3,7 +3,8 @@ a call does not find in a cache what the call before it left there."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ MIN_SLOTS = 16384
 MAX_POSITION = 8192
 SCALE = 0.02
 """fp8 scale under which normally distributed values use the range and do not saturate."""
+NORM_EPS = 1e-6
 
 ROTATE_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
 MAX_SETS = {"cpu": 512, "cuda": 256}
@@ -32,7 +34,7 @@ class Inputs:
     k: Tensor
     """`[T, Hk, D]`; MLA: the rope part, `[T, R]`."""
     v: Tensor
-    """`[T, Hk, D]`, empty for `rope_`; MLA: the latent part, `[T, L]`."""
+    """`[T, Hk, D]`, unused by `rope_`; MLA: the latent part, `[T, L]`."""
     positions: Tensor
     slots: Tensor
     table: Tensor
@@ -44,7 +46,15 @@ class Inputs:
     v_pool: Tensor
     """`[P, 16, Hk, D]`; empty for `rope_` and MLA."""
     scale: Tensor | None
-    """`[1]`, for fp8 pools."""
+    """`[1]`, for fp8 pools and an fp8 query."""
+    q_norm: Tensor
+    """`[D]` in the model dtype: weights of the query heads' RMSNorm; empty without one."""
+    k_norm: Tensor
+    q_out: Tensor
+    """`[T, Hq, D]` fp8: where the rotated query goes; empty where it is rotated in place."""
+    packed: Tensor
+    """`[T, (Hq + 2 Hk) D]` on a GPU: the projection that `q`, `k` and `v` are views of, as in a
+    model server; else, and for MLA, empty."""
 
     q_heads_first: Tensor
     """`q` as `[1, Hq, T, D]`, the view that `transformers` works on. This and the following views
@@ -53,6 +63,8 @@ class Inputs:
     k_slots: Tensor
     """`k_pool` as `[S, Hk, D]`, MLA `[S, W]`; fp8 as bytes, since not every device indexes fp8."""
     v_slots: Tensor
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What a provider made of the set beforehand, by the provider's name."""
 
 
 def make_sets(workload: Workload, device: torch.device, seed: int = 0) -> list[Inputs]:
@@ -65,22 +77,34 @@ def make_sets(workload: Workload, device: torch.device, seed: int = 0) -> list[I
     pages = -(-max(MIN_SLOTS, 2 * count * w.tokens) // PAGE)
     k_pool, v_pool = make_pools(w, pages, device)
     table = make_table(max(MAX_POSITION, w.tokens), w.rotary_dim, device)
-    scale = torch.full((1,), SCALE, device=device) if w.fp8 else None
     dtype = getattr(torch, w.dtype)
-    k_shape = (w.tokens, w.head_dim) if w.mla else (w.tokens, w.heads_kv, w.head_dim)
-    v_shape = (w.tokens, w.latent_dim) if w.mla else k_shape
+    empty = torch.empty(0, dtype=dtype, device=device)
+    q_shape = (w.tokens, w.heads_q, w.head_dim)
+    norms = [normal((w.head_dim,), dtype, device) for _ in range(2)] if w.norm else [empty] * 2
+    q_out_dtype = getattr(torch, w.q_dtype) if w.q_dtype else dtype
     sets = []
     for _ in range(count):
         positions, slots = make_indices(w.tokens, table.shape[0], pages)
         positions, slots = positions.to(device), slots.to(device)
         cos, sin = table[positions].to(dtype).chunk(2, dim=-1)
-        q = normal((w.tokens, w.heads_q, w.head_dim), dtype, device)
-        k = normal(k_shape, dtype, device)
+        packed = empty
+        if w.mla:
+            q = normal(q_shape, dtype, device)
+            k = normal((w.tokens, w.head_dim), dtype, device)
+            v = normal((w.tokens, w.latent_dim), dtype, device)
+        else:
+            heads = w.heads_q + 2 * w.heads_kv
+            projection = normal((w.tokens, heads * w.head_dim), dtype, device)
+            q, k, v = heads_in(projection, w.heads_q, w.heads_kv)
+            if device.type == "cpu":
+                q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+            else:
+                packed = projection
         sets.append(
             Inputs(
                 q=q,
                 k=k,
-                v=normal((0,) if w.op == "rope_" else v_shape, dtype, device),
+                v=v,
                 positions=positions,
                 slots=slots,
                 table=table,
@@ -88,16 +112,44 @@ def make_sets(workload: Workload, device: torch.device, seed: int = 0) -> list[I
                 sin=torch.cat((sin, sin), dim=-1).unsqueeze(0),
                 k_pool=k_pool,
                 v_pool=v_pool,
-                scale=scale,
-                q_heads_first=q.transpose(0, 1).unsqueeze(0),
-                k_heads_first=k.unsqueeze(0).unsqueeze(0)
-                if w.mla
-                else k.transpose(0, 1).unsqueeze(0),
+                scale=torch.full((1,), SCALE, device=device) if w.fp8 or w.q_dtype else None,
+                q_norm=norms[0],
+                k_norm=norms[1],
+                q_out=torch.zeros(q_shape if w.q_dtype else 0, dtype=q_out_dtype, device=device),
+                packed=packed,
+                q_heads_first=heads_first(q),
+                k_heads_first=heads_first(k),
                 k_slots=as_slots(k_pool),
                 v_slots=as_slots(v_pool),
             )
         )
     return sets
+
+
+def heads_in(packed: Tensor, heads_q: int, heads_kv: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value heads, `[T, H, D]` each, as views of a packed projection."""
+    heads = packed.unflatten(1, (heads_q + 2 * heads_kv, -1))
+    q, k, v = heads.split((heads_q, heads_kv, heads_kv), dim=1)
+    return q, k, v
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """`[T, H, D]` as `[1, H, T, D]`; `[T, R]` as one head."""
+    return x[None, None] if x.dim() == 2 else x.transpose(0, 1).unsqueeze(0)
+
+
+def copied(x: Inputs) -> Inputs:
+    """`x` with queries and keys of its own."""
+    if x.packed.numel():
+        packed = x.packed.clone()
+        q, k, v = heads_in(packed, x.q.shape[1], x.k.shape[1])
+        x = replace(x, packed=packed, v=v)
+    else:
+        q, k = x.q.clone(), x.k.clone()
+    q_out = x.q_out.clone()
+    return replace(
+        x, q=q, k=k, q_out=q_out, q_heads_first=heads_first(q), k_heads_first=heads_first(k)
+    )
 
 
 def normal(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -141,11 +193,11 @@ def make_table(rows: int, rotary_dim: int, device: torch.device) -> Tensor:
 
 def make_indices(tokens: int, max_position: int, pages: int) -> tuple[Tensor, Tensor]:
     """Positions and slots, int64. In a decode batch each token belongs to a sequence of its own:
-    any position, any row of a page of its own. A prompt has positions `0..T-1` and fills pages
-    that are scattered over the pool."""
+    any position, and the row of a page of its own that goes with it. A prompt has positions
+    `0..T-1` and fills pages that are scattered over the pool."""
     if tokens <= DECODE_TOKENS:
-        page = torch.randperm(pages)[:tokens]
-        return torch.randperm(max_position)[:tokens], page * PAGE + torch.randint(PAGE, (tokens,))
+        page, positions = torch.randperm(pages)[:tokens], torch.randperm(max_position)[:tokens]
+        return positions, page * PAGE + positions % PAGE
     page = torch.randperm(pages)[: -(-tokens // PAGE)]
     slots = (page[:, None] * PAGE + torch.arange(PAGE)).flatten()[:tokens]
     return torch.arange(tokens), slots

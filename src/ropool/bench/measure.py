@@ -10,8 +10,8 @@ import torch
 
 from ropool.bench.check import difference
 from ropool.bench.inputs import make_sets
-from ropool.bench.providers import Provider
-from ropool.bench.timing import CpuTimer, Sample, Timer, interleaved
+from ropool.bench.provider import Provider
+from ropool.bench.timing import CpuTimer, Samplers, Timer, Timing, interleaved
 from ropool.bench.traffic import min_bytes
 from ropool.bench.workload import Workload
 from ropool.errors import RopoolError
@@ -42,6 +42,10 @@ class Row:
     correct: bool | None = None
     version: str
     latent_dim: int = 0
+    q_dtype: str = ""
+    norm: bool = False
+    serial_us: float | None = None
+    """Median without overlap of neighbouring calls, where the provider's kernels overlap."""
     note: str = ""
 
 
@@ -60,14 +64,16 @@ def measure(
     device: torch.device,
     rounds: int,
     started: Callable[[Workload], None] = lambda workload: None,
+    wanted: Callable[[Workload, Provider], bool] = lambda workload, provider: True,
 ) -> Iterator[list[Row]]:
-    """The rows of one workload after the other, in the order of `providers`. `started` is told of
-    each workload before it runs."""
+    """The rows of one workload after the other, in the order of `providers`, of those that are
+    `wanted`. `started` is told of each workload before it runs."""
     timer = timer_for(device)
     for workload in workloads:
         started(workload)
         with torch.no_grad():
-            yield measure_one(workload, providers, device, rounds, timer)
+            mine = [provider for provider in providers if wanted(workload, provider)]
+            yield measure_one(workload, mine, device, rounds, timer)
 
 
 def measure_one(
@@ -84,7 +90,7 @@ def measure_one(
         raise RopoolError(
             f"bench: {workload.describe()} does not fit the memory of {device}"
         ) from error
-    samples: dict[str, Sample] = {}
+    samplers: dict[str, Samplers] = {}
     notes: dict[str, str] = {}
     correct: dict[str, bool] = {}
     for provider in providers:
@@ -94,33 +100,34 @@ def measure_one(
             continue
         try:
             call = provider.build(workload)
-            wrong = difference(workload, call, sets[0], provider.splits_pairs)
-            samples[provider.name] = timer.prepare(call, sets)
+            for inputs in sets:
+                provider.prepare(workload, inputs)
+            wrong = difference(workload, provider, call, sets[0])
+            samplers[provider.name] = timer.prepare(call, sets)
         except Exception as error:  # a compiler or a package of someone else's: anything can come
             notes[provider.name] = f"failed: {first_line(error)}"
             continue
         correct[provider.name] = wrong is None
         notes[provider.name] = wrong or ""
-    timing = interleaved(samples, timer, rounds)
+    timing = interleaved(samplers, timer, rounds)
     return [
-        row(workload, provider, device, timing.samples.get(provider.name), timing.copy_gbps,
-            correct.get(provider.name), notes[provider.name])
+        row(workload, provider, device, timing, correct.get(provider.name), notes[provider.name])
         for provider in providers
-    ]  # fmt: skip
+    ]
 
 
 def row(
     w: Workload,
     provider: Provider,
     device: torch.device,
-    samples: list[float] | None,
-    copy_gbps: float,
+    timing: Timing,
     correct: bool | None,
     note: str,
 ) -> Row:
     moved = min_bytes(w)
     p20, p50, p80 = (None, None, None)
-    if samples:
+    serial = timing.serial.get(provider.name)
+    if samples := timing.samples.get(provider.name):
         p20, p50, p80 = (round(float(np.percentile(samples, p)), 3) for p in (20, 50, 80))
     return Row(
         op=w.op,
@@ -138,10 +145,13 @@ def row(
         p80_us=p80,
         min_bytes=moved,
         gbps=None if p50 is None else round(moved / p50 / 1e3, 4),
-        floor_us=round(moved / copy_gbps / 1e3, 3),
+        floor_us=round(moved / timing.copy_gbps / 1e3, 3),
         correct=correct,
         version=provider.version(),
         latent_dim=w.latent_dim,
+        q_dtype=w.q_dtype,
+        norm=w.norm,
+        serial_us=round(float(np.median(serial)), 3) if serial else None,
         note=note,
     )
 

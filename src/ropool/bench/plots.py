@@ -17,8 +17,12 @@ COLOURS = {
     "ropool.cpu": "#1b9e77",
     "ropool.triton": "#1f78b4",
     "ropool.cuda": "#1b9e77",
+    "copy": "#555555",
+    "copy.pdl": "#aaaaaa",
 }
-OTHER_COLOURS = ("#e7298a", "#a6761d", "#66a61e", "#e6ab02")
+OTHER_COLOURS = (
+    "#e7298a", "#a6761d", "#66a61e", "#e6ab02", "#17becf", "#9467bd", "#d62728", "#bcbd22",
+)  # fmt: skip
 FLOOR_COLOUR = "#000000"
 
 
@@ -36,18 +40,18 @@ def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
 def draw_op(rows: Sequence[Row], title: str) -> Figure:
     """Heads from top to bottom, dtypes from left to right."""
     heads = list(dict.fromkeys(map(heads_of, rows)))
-    dtypes = list(dict.fromkeys((row.dtype, row.kv_dtype) for row in rows))
+    dtypes = list(dict.fromkeys(map(dtypes_of, rows)))
     colours = colour_map(rows)
     figure = Figure(figsize=(1.2 + 4.6 * len(dtypes), 1.4 + 3.4 * len(heads)), layout="constrained")
     axes = figure.subplots(len(heads), len(dtypes), squeeze=False, sharex=True)
     for i, shape in enumerate(heads):
         for j, dtype in enumerate(dtypes):
-            chosen = [
-                row for row in rows if heads_of(row) == shape and (row.dtype, row.kv_dtype) == dtype
-            ]
+            chosen = [row for row in rows if heads_of(row) == shape and dtypes_of(row) == dtype]
+            if not chosen:
+                axes[i][j].set_visible(False)
+                continue
             draw_axes(axes[i][j], chosen, colours)
-            pool = f", pool {dtype[1]}" if dtype[1] not in ("", dtype[0]) else ""
-            axes[i][j].set_title(f"{shape}  {dtype[0]}{pool}", fontsize=10)
+            axes[i][j].set_title(f"{shape}\n{dtype}", fontsize=9)
         axes[i][0].set_ylabel("microseconds a call")
     for axis in axes[-1]:
         axis.set_xlabel("tokens")
@@ -85,9 +89,17 @@ def draw_axes(axis: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     tokens = sorted(floor)
-    axis.set_xticks(tokens, [str(count) for count in tokens])
+    shown = tokens if len(tokens) < 8 else tokens[:: len(tokens) // 5]
+    axis.set_xticks(shown, [str(count) for count in shown])
     axis.minorticks_off()
     axis.grid(True, which="major", alpha=0.3)
+
+
+def dtypes_of(row: Row) -> str:
+    """The dtypes as a title has them, and the norm."""
+    pool = f", pool {row.kv_dtype}" if row.kv_dtype not in ("", row.dtype) else ""
+    query = f", query {row.q_dtype}" if row.q_dtype else ""
+    return f"{row.dtype}{pool}{query}{', norm' if row.norm else ''}"
 
 
 def heads_of(row: Row) -> str:

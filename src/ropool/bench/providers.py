@@ -1,12 +1,11 @@
-"""Who can be measured. A provider says where it can be used, which workloads it covers, and builds
-a callable for one. Ours and the plain-torch path are registered here; a package that can do the
-same work joins by one more `register`, and is used when it is installed."""
+"""Who can be measured. Ours and the plain-torch path are registered here, and so is every peer of
+`ropool.bench.peers`, which is used when its package is installed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,38 +13,12 @@ from torch import Tensor
 import ropool
 from ropool import dispatch
 from ropool.bench import torch_path
-from ropool.bench.inputs import Inputs
+from ropool.bench.inputs import NORM_EPS, Inputs
+from ropool.bench.peers import PEERS
+from ropool.bench.provider import Call, Provider
 from ropool.bench.workload import Workload
 from ropool.errors import RopoolError
 from ropool.ops._device import device_of
-
-Call = Callable[[Inputs], Tensor | None]
-"""One timed call. Returns the rotated query, as `[T, Hq, D]` or `[1, Hq, T, D]`, when it is not
-written into `inputs.q`."""
-
-
-def covers_all(workload: Workload) -> None:
-    """`why_not` of a provider that covers every workload."""
-
-
-@dataclass(frozen=True, slots=True)
-class Provider:
-    """One way to do the work of the ops.
-
-    `unavailable(device)` says why it cannot be used on this machine and device, `why_not(workload)`
-    why it does not cover a workload; both give `None` when it can. `build(workload)` prepares
-    whatever a call needs, outside of the timed region.
-    """
-
-    name: str
-    version: Callable[[], str]
-    unavailable: Callable[[torch.device], str | None]
-    build: Callable[[Workload], Call]
-    why_not: Callable[[Workload], str | None] = covers_all
-    splits_pairs: bool = False
-    """Leaves interleaved pairs as two halves, `x0, x2, ..., x1, x3, ...`, as `transformers` does.
-    """
-
 
 _providers: dict[str, Provider] = {}
 
@@ -98,7 +71,13 @@ def ropool_provider(backend: str) -> Provider:
 
 def ropool_call(backend: str, workload: Workload) -> Call:
     """The op itself on `backend`, which runs or raises."""
-    pairs = workload.interleaved
+    pairs, norm = workload.interleaved, workload.norm
+
+    def pool_scale(x: Inputs) -> Tensor | None:
+        return x.scale if workload.fp8 else None
+
+    def query(x: Inputs) -> dict[str, Any]:
+        return {"q_out": x.q_out, "q_scale": x.scale} if workload.q_dtype else {}
 
     def rope(x: Inputs) -> None:
         ropool.rope_(x.q, x.k, x.table, x.positions, interleaved=pairs, backend=backend)
@@ -106,22 +85,24 @@ def ropool_call(backend: str, workload: Workload) -> Call:
     def rope_store_kv(x: Inputs) -> None:
         ropool.rope_store_kv_(
             x.q, x.k, x.v, x.k_pool, x.v_pool, x.table, x.positions, x.slots,
-            interleaved=pairs, k_scale=x.scale, v_scale=x.scale, backend=backend,
+            interleaved=pairs, k_scale=pool_scale(x), v_scale=pool_scale(x), backend=backend,
+            q_norm_weight=x.q_norm if norm else None, k_norm_weight=x.k_norm if norm else None,
+            norm_eps=NORM_EPS, **query(x),
         )  # fmt: skip
 
     def store_kv(x: Inputs) -> None:
         ropool.store_kv_(
             x.k, x.v, x.k_pool, x.v_pool, x.slots,
-            k_scale=x.scale, v_scale=x.scale, backend=backend,
+            k_scale=pool_scale(x), v_scale=pool_scale(x), backend=backend,
         )  # fmt: skip
 
     def store_mla(x: Inputs) -> None:
-        ropool.store_mla_(x.v, x.k, x.k_pool, x.slots, scale=x.scale, backend=backend)
+        ropool.store_mla_(x.v, x.k, x.k_pool, x.slots, scale=pool_scale(x), backend=backend)
 
     def rope_store_mla(x: Inputs) -> None:
         ropool.rope_store_mla_(
             x.q, x.v, x.k, x.k_pool, x.table, x.positions, x.slots,
-            interleaved=pairs, scale=x.scale, backend=backend,
+            interleaved=pairs, scale=pool_scale(x), backend=backend, **query(x),
         )  # fmt: skip
 
     calls: dict[str, Call] = {
@@ -144,3 +125,5 @@ for _name, _build in (("torch.eager", torch_path.eager), ("torch.compiled", torc
             splits_pairs=True,
         )
     )
+for _peer in PEERS:
+    register(_peer)

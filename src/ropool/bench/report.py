@@ -27,7 +27,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         if row.p50_us is None or row.gbps is None or row.floor_us is None:
             lines.append(f"  {row.provider:<{width}}  {row.note}")
             continue
-        times = "".join(f"{value:>12.1f}" for value in (row.p20_us, row.p50_us, row.p80_us))
+        times = "".join(f"{value:>12.2f}" for value in (row.p20_us, row.p50_us, row.p80_us))
         ratios = "".join(f"{ratio(medians.get(name), row.p50_us):>12}" for name in BASELINES)
         share = 100 * row.floor_us / row.p50_us
         verdict = "yes" if row.correct else f"NO: {row.note}"

@@ -29,37 +29,48 @@ STREAMING_THREADS = 4
 STREAMING_COPIES = 9
 
 
+class Samplers(NamedTuple):
+    """How a call is sampled: as it is, and, where its kernels overlap neighbours, without that."""
+
+    overlapping: Sample
+    serial: Sample | None = None
+
+
 class Timing(NamedTuple):
     """The samples by name, and the bandwidth of a plain copy between them: its median."""
 
     samples: dict[str, list[float]]
+    serial: dict[str, list[float]]
     copy_gbps: float
 
 
 class Timer(Protocol):
     """How calls are timed on a kind of device."""
 
-    def prepare(self, call: Timed, sets: Sequence[Inputs]) -> Sample:
+    def prepare(self, call: Timed, sets: Sequence[Inputs]) -> Samplers:
         """Warm `call` up and make what takes its samples."""
 
     def copy_gbps(self) -> float:
         """Bytes read plus bytes written a second, in 10^9, of one large copy."""
 
 
-def interleaved(samples: Mapping[str, Sample], timer: Timer, rounds: int) -> Timing:
+def interleaved(samplers: Mapping[str, Samplers], timer: Timer, rounds: int) -> Timing:
     """`rounds` times a copy and a sample of each, in turn."""
-    taken: dict[str, list[float]] = {name: [] for name in samples}
+    taken: dict[str, list[float]] = {name: [] for name in samplers}
+    serial: dict[str, list[float]] = {name: [] for name in samplers}
     copies = []
     gc.collect()
     gc.disable()
     try:
         for _ in range(rounds):
             copies.append(timer.copy_gbps())
-            for name, sample in samples.items():
-                taken[name].append(sample())
+            for name, sampler in samplers.items():
+                taken[name].append(sampler.overlapping())
+                if sampler.serial is not None:
+                    serial[name].append(sampler.serial())
     finally:
         gc.enable()
-    return Timing(taken, float(np.median(copies)))
+    return Timing(taken, serial, float(np.median(copies)))
 
 
 class CpuTimer:
@@ -69,7 +80,7 @@ class CpuTimer:
         # Written here, so that the pages are there when the copy is timed.
         self._source, self._target = torch.ones(2, COPY_BYTES // 4).unbind()
 
-    def prepare(self, call: Timed, sets: Sequence[Inputs]) -> Sample:
+    def prepare(self, call: Timed, sets: Sequence[Inputs]) -> Samplers:
         """Find how many calls fill a sample."""
         turn = cycle(sets)
         call(next(turn))
@@ -82,7 +93,7 @@ class CpuTimer:
             settle(call, turn)
             return microseconds(call, list(islice(turn, count))) / count
 
-        return sample
+        return Samplers(sample)
 
     def copy_gbps(self) -> float:
         """By PyTorch, with ordinary stores and as many threads as the kernels use."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ropool.bench.inputs import Inputs
+from ropool.bench.inputs import NORM_EPS, Inputs
 from ropool.bench.workload import Workload
 
 Path = Callable[..., Any]
@@ -55,7 +55,7 @@ def with_inputs(workload: Workload, function: Path) -> Callable[[Inputs], Tensor
     def rope_store(x: Inputs) -> Tensor | None:
         return function(
             x.q_heads_first, x.k_heads_first, x.cos, x.sin,
-            x.v, x.k_slots, x.v_slots, x.slots, x.scale,
+            x.v, x.k_slots, x.v_slots, x.slots, x.scale, x.q_norm, x.k_norm,
         )  # fmt: skip
 
     def store(x: Inputs) -> Tensor | None:
@@ -70,6 +70,7 @@ def path(workload: Workload) -> Path:
     """The function that does the work of the workload's op. Its queries and keys are
     `[1, H, T, D]` when it rotates."""
     put = writer(workload)
+    norm, query_dtype = workload.norm, getattr(torch, workload.q_dtype, None)
     if not workload.rotary_dim:
         return put
     rotate = rotation(workload)
@@ -83,11 +84,14 @@ def path(workload: Workload) -> Path:
     def rope_store(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor,
         v: Tensor, k_slots: Tensor, v_slots: Tensor, slots: Tensor, scale: Tensor | None,
+        q_norm: Tensor, k_norm: Tensor,
     ) -> Tensor:  # fmt: skip
+        if norm:
+            q, k = rms_norm(q, q_norm), rms_norm(k, k_norm)
         rotated_q, rotated_k = rotate(q, k, cos, sin)
         heads = rotated_k[0, 0] if one_head else rotated_k[0].transpose(0, 1)
         put(heads, v, k_slots, v_slots, slots, scale)
-        return rotated_q
+        return stored(rotated_q, query_dtype, scale)
 
     return rope if workload.op == "rope_" else rope_store
 
@@ -104,6 +108,13 @@ def rotation(workload: Workload) -> Callable[..., tuple[Tensor, Tensor]]:
 
         found = modeling_llama.apply_rotary_pos_emb
     return found
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """The norm of `transformers`' Qwen3 on each head: float32 inside, rounded before the weight."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + NORM_EPS)
+    return weight * wide.to(x.dtype)
 
 
 def writer(workload: Workload) -> Path:
@@ -137,7 +148,7 @@ def writer(workload: Workload) -> Path:
 
 def stored(x: Tensor, dtype: torch.dtype | None, scale: Tensor | None) -> Tensor:
     """`x` as an indexed pool takes it; fp8 divided, clamped, cast and seen as bytes."""
-    if scale is None or dtype is None:
+    if scale is None or dtype is None or dtype.itemsize > 1:
         return x
     largest = torch.finfo(dtype).max
     return (x / scale).clamp(-largest, largest).to(dtype).view(torch.uint8)

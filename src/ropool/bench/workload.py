@@ -15,6 +15,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 KV_DTYPES = {"auto": "", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 MLA_KV_DTYPES = KV_DTYPES | {"fp8_ds_mla": "fp8_ds_mla"}
 """Option -> how the pool stores a row; empty: in the model dtype."""
+NORMS = {"off": False, "on": True}
 FP8 = ("float8_e4m3fn", "float8_e5m2")
 
 DEFAULT_HEADS = ("32x8x128", "9x3x64", "128x512+64", "16x512+64")
@@ -42,6 +43,10 @@ class Workload:
     kv_dtype: str
     """dtype of the pool, or `fp8_ds_mla`."""
     tokens: int
+    norm: bool = False
+    """Query and key heads get an RMSNorm first (`rope_store_kv_`)."""
+    q_dtype: str = ""
+    """fp8 dtype of the tensor that the rotated query goes to; empty: rotated in place."""
 
     @property
     def mla(self) -> bool:
@@ -66,8 +71,14 @@ class Workload:
         return self.kv_dtype in FP8
 
     def describe(self) -> str:
+        return f"{self.op} {self.heads} {self.variant} T={self.tokens}"
+
+    @property
+    def variant(self) -> str:
+        """The dtypes, and the norm if there is one."""
         pool = f" pool {self.kv_dtype}" if self.kv_dtype not in ("", self.dtype) else ""
-        return f"{self.op} {self.heads} {self.dtype}{pool} T={self.tokens}"
+        query = f" query {self.q_dtype}" if self.q_dtype else ""
+        return f"{self.dtype}{pool}{query}{' norm' if self.norm else ''}"
 
 
 def workloads(
@@ -76,38 +87,48 @@ def workloads(
     dtypes: Sequence[str] = (),
     kv_dtypes: Sequence[str] = (),
     tokens: Sequence[int] = (),
+    q_dtypes: Sequence[str] = (),
+    norms: Sequence[str] = (),
 ) -> list[Workload]:
     """Every combination that has a meaning; an empty list stands for the default.
 
-    Raises `RopoolError` for a value that is unknown, and for an op, heads or KV dtype that was
-    asked for and takes part in no combination.
+    Raises `RopoolError` for a value that is unknown, and for an op, heads, dtype of pool or query,
+    or norm that was asked for and takes part in no combination.
     """
     known("op", ops, OPS)
     known("dtype", dtypes, DTYPES)
     known("KV dtype", kv_dtypes, tuple(MLA_KV_DTYPES))
+    known("query dtype", q_dtypes, tuple(KV_DTYPES))
+    known("norm", norms, tuple(NORMS))
     for count in tokens:
         if count < 1:
             raise RopoolError(f"bench: tokens is {count}; at least 1 is needed")
     shapes = {form: parse_heads(form) for form in heads or DEFAULT_HEADS}
     used: set[str] = set()
     found: dict[Workload, None] = {}
-    for op, form, dtype, kv_dtype, count in itertools.product(
+    for op, form, dtype, kv_dtype, q_dtype, norm, count in itertools.product(
         ops or OPS,
         shapes,
         dtypes or DEFAULT_DTYPES,
         kv_dtypes or ("auto",),
+        q_dtypes or ("auto",),
+        norms or ("off",),
         tokens or DEFAULT_TOKENS,
     ):
         workload = combine(op, shapes[form], dtype, kv_dtype, count)
-        if workload is not None:
-            used.update((op, form, kv_dtype))
-            found[workload] = None
-    for value in (*ops, *heads, *kv_dtypes):
+        if workload is None or (NORMS[norm] and op != "rope_store_kv_"):
+            continue
+        if KV_DTYPES[q_dtype] and not op.startswith("rope_store_"):
+            continue
+        used.update((op, form, kv_dtype, q_dtype, norm))
+        found[replace(workload, q_dtype=KV_DTYPES[q_dtype], norm=NORMS[norm])] = None
+    for value in (*ops, *heads, *kv_dtypes, *q_dtypes, *norms):
         if value not in used:
             raise RopoolError(
                 f"bench: {value} goes with nothing else that was asked for: heads HqxHkxD are for "
                 "rope_, rope_store_kv_ and store_kv_, heads HqxL+R and fp8_ds_mla for store_mla_ "
-                "and rope_store_mla_"
+                "and rope_store_mla_, an fp8 query for ops that rotate and store, the norm for "
+                "rope_store_kv_"
             )
     return list(found)
 

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,19 @@ import torch
 import ropool
 from ropool.bench.measure import Row, measure
 from ropool.bench.overhead import overhead
-from ropool.bench.providers import Provider, choose, providers
+from ropool.bench.provider import Provider
+from ropool.bench.providers import choose, providers
 from ropool.bench.report import table, write
+from ropool.bench.suites import SUITES, named, takes_part
+from ropool.bench.summary import read, summary
 from ropool.bench.timing import streaming_copy_gbps
 from ropool.bench.workload import (
     DEFAULT_DTYPES,
     DEFAULT_HEADS,
     DEFAULT_TOKENS,
+    KV_DTYPES,
     MLA_KV_DTYPES,
+    NORMS,
     Workload,
     workloads,
 )
@@ -58,6 +63,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     add("--dtype", metavar="DTYPES", help=f"of the model ({','.join(DEFAULT_DTYPES)})")
     add("--kv-dtype", metavar="DTYPES", help=f"of the pool: {', '.join(MLA_KV_DTYPES)} (auto)")
+    add("--q-dtype", metavar="DTYPES", help=f"of the query: {', '.join(KV_DTYPES)} (auto)")
+    add("--norm", metavar="A,B", help=f"QK-norm: {', '.join(NORMS)} (off)")
+    add("--suite", choices=tuple(SUITES), help="the workloads of the published figures instead")
     add("--device", choices=("auto", *DEVICES), default="auto", help="(a GPU if there is one)")
     add(
         "--rounds",
@@ -67,6 +75,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="samples a row (%(default)s)",
     )
     add("--out", type=Path, metavar="DIR", help="write results.json, results.csv and plots here")
+    add(
+        "--summary",
+        type=Path,
+        metavar="DIR",
+        help="measure nothing; sum up the results.csv of a run on a GPU",
+    )
     add(
         "--overhead",
         action="store_true",
@@ -84,15 +98,15 @@ def run(args: argparse.Namespace) -> int:
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "overhead.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
         return 0
+    if args.summary is not None:
+        path = args.summary / "results.csv"
+        if not path.is_file():
+            raise RopoolError(f"bench: --summary is {str(args.summary)!r}; no results.csv is there")
+        print("\n".join(summary(read(path))))
+        return 0
     if args.rounds < 1:
         raise RopoolError(f"bench: --rounds is {args.rounds}; at least 1 is needed")
-    wanted = workloads(
-        ops=args.op,
-        heads=listed(args.heads),
-        dtypes=listed(args.dtype),
-        kv_dtypes=listed(args.kv_dtype),
-        tokens=numbers(args.tokens),
-    )
+    wanted = asked_for(args)
     device = device_named(args.device)
     chosen = choose(listed(args.providers)) or usable(device)
     if args.out is not None:
@@ -106,7 +120,9 @@ def run(args: argparse.Namespace) -> int:
     def started(workload: Workload) -> None:
         print(f"[{next(numbered)}/{len(wanted)}] {workload.describe()}", flush=True)
 
-    for group in measure(wanted, chosen, device, args.rounds, started):
+    everyone = args.suite is None or args.providers is not None
+    takes = (lambda workload, provider: True) if everyone else takes_part
+    for group in measure(wanted, chosen, device, args.rounds, started, takes):
         print("\n".join(table(group)), flush=True)
         rows += group
     if args.out is not None:
@@ -116,6 +132,30 @@ def run(args: argparse.Namespace) -> int:
         names = ["results.json", "results.csv", "machine.json", *[path.name for path in pictures]]
         print(f"wrote {', '.join(names)} to {args.out}")
     return WRONG_RESULT if any(row.correct is False for row in rows) else 0
+
+
+def asked_for(args: argparse.Namespace) -> Sequence[Workload]:
+    """The workloads of a suite, those of its ops that were named; or what the options say."""
+    if args.suite is None:
+        return workloads(
+            ops=args.op,
+            heads=listed(args.heads),
+            dtypes=listed(args.dtype),
+            kv_dtypes=listed(args.kv_dtype),
+            tokens=numbers(args.tokens),
+            q_dtypes=listed(args.q_dtype),
+            norms=listed(args.norm),
+        )
+    given = ("heads", "dtype", "kv_dtype", "q_dtype", "norm")
+    for name in given:
+        if getattr(args, name) is not None:
+            raise RopoolError(f"bench: --{name.replace('_', '-')} does not go with --suite")
+    tokens = numbers(args.tokens)
+    return [
+        workload
+        for workload in named(args.suite)
+        if (not args.op or workload.op in args.op) and (not tokens or workload.tokens in tokens)
+    ]
 
 
 def warned_load() -> float | None:
