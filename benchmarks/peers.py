@@ -71,7 +71,7 @@ from torch.utils.cpp_extension import CUDA_HOME, include_paths
 HERE = Path(__file__).parent
 CSRC = HERE / "csrc"
 flags = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC", "-DUSE_CUDA",
-         "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{CSRC}",
+         "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DENABLE_FP8", f"-I{CSRC}",
          "-gencode=arch=compute_90a,code=sm_90a"]
 flags += [f"-I{path}" for path in include_paths("cuda")]
 units = sorted(HERE.glob("csrc/*.cu"))

@@ -124,7 +124,7 @@ def row(
     correct: bool | None,
     note: str,
 ) -> Row:
-    moved = min_bytes(w)
+    moved = min_bytes(w) + provider.extra_bytes(w)
     p20, p50, p80 = (None, None, None)
     serial = timing.serial.get(provider.name)
     if samples := timing.samples.get(provider.name):

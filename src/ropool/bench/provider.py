@@ -20,6 +20,11 @@ def covers_all(workload: Workload) -> None:
     """`why_not` of a provider that covers every workload."""
 
 
+def no_bytes(workload: Workload) -> int:
+    """`extra_bytes` of a provider that does the work of the op."""
+    return 0
+
+
 def nothing(workload: Workload, inputs: Inputs) -> None:
     """`prepare` of a provider that takes the inputs as they are."""
 
@@ -45,5 +50,7 @@ class Provider:
     """
     writes_k: bool = False
     """May also write the rotated key back into `inputs.k`."""
+    extra_bytes: Callable[[Workload], int] = no_bytes
+    """What it moves beyond the op's minimum because it cannot do less."""
     verify: Callable[[Call, Inputs], str | None] | None = None
     """What is wrong with a call that does something else than the op, such as a plain copy."""

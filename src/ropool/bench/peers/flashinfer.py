@@ -1,6 +1,7 @@
 """FlashInfer's kernels. `flashinfer` is its general library: RoPE, then append to the paged pool,
 or for fp8 both in one kernel; `flashinfer.generated` are its kernels for the two head shapes that
-it generates code for, which read the packed projection."""
+it generates code for, which read the packed projection; `flashinfer.whole-query` is its fp8 kernel
+for MLA, which also quantises the latent part of the query, and so moves more."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from ropool.bench.inputs import DECODE_TOKENS, NORM_EPS, PAGE, SCALE, Inputs
+from ropool.bench.inputs import DECODE_TOKENS, NORM_EPS, PAGE, SCALE, Inputs, normal
 from ropool.bench.peers.package import needs, same_dtype_pool, version
 from ropool.bench.provider import Call, Provider
 from ropool.bench.workload import Workload
@@ -121,6 +122,13 @@ def append(w: Workload) -> Call:
     return call
 
 
+def prepare_whole(w: Workload, x: Inputs) -> None:
+    shape, device = (w.tokens, w.heads_q, w.latent_dim), x.q.device
+    q = normal(shape, x.q.dtype, device)
+    prepare(w, x)
+    x.extra["flashinfer.whole-query"] = q, torch.empty(shape, dtype=x.q_out.dtype, device=device)
+
+
 def quantised(w: Workload) -> Call:
     """One kernel; the scales are numbers that it multiplies by."""
     run = import_module("flashinfer.rope").rope_quantize_fp8_append_paged_kv_cache
@@ -129,11 +137,12 @@ def quantised(w: Workload) -> Call:
     def call(x: Inputs) -> None:
         p: Paged = x.extra["flashinfer"]
         pool = (x.k_pool[..., :latent], x.k_pool[..., latent:]) if w.mla else (x.k_pool, x.v_pool)
+        q_latent, q_latent_out = x.extra["flashinfer.whole-query"] if w.mla else (None, None)
         run(
-            x.q, x.k, None, x.v if w.mla else None, None if w.mla else x.v,
+            x.q, x.k, q_latent, x.v if w.mla else None, None if w.mla else x.v,
             x.table, p.rope_position, pool, p.pages, p.page_start, p.request, p.position,
             is_neox=neox, quant_scale_q=multiplier, quant_scale_kv=multiplier, page_size=PAGE,
-            q_rope_out=x.q_out, enable_pdl=True,
+            q_rope_out=x.q_out, q_nope_out=q_latent_out, enable_pdl=True,
         )  # fmt: skip
 
     return call
@@ -179,6 +188,8 @@ def generated(w: Workload) -> Call:
 def why_not(w: Workload) -> str | None:
     if w.norm:
         return "its general kernels have no norm"
+    if w.mla and w.q_dtype:
+        return "quantises the whole query, see flashinfer.whole-query"
     if w.fp8 != bool(w.q_dtype):
         return "quantises query and pool together"
     if w.kv_dtype == "fp8_ds_mla":
@@ -197,6 +208,12 @@ def why_not_generated(w: Workload) -> str | None:
         return "takes bfloat16 models only"
     if not (same_dtype_pool(w) or (w.kv_dtype == w.q_dtype == "float8_e4m3fn")):
         return "quantises query and pool together"
+    return None
+
+
+def why_not_whole(w: Workload) -> str | None:
+    if w.op != "rope_store_mla_" or not w.q_dtype or w.kv_dtype != w.q_dtype:
+        return "rotates, quantises and stores MLA rows only"
     return None
 
 
@@ -219,5 +236,14 @@ PROVIDERS = (
         build=generated,
         why_not=why_not_generated,
         prepare=prepare_generated,
+    ),
+    Provider(
+        name="flashinfer.whole-query",
+        version=_version,
+        unavailable=_installed,
+        build=quantised,
+        why_not=why_not_whole,
+        prepare=prepare_whole,
+        extra_bytes=lambda w: 3 * w.tokens * w.heads_q * w.latent_dim,
     ),
 )
