@@ -18,6 +18,10 @@ from ropool.errors import RopoolError
 CPU = torch.device("cpu")
 HEADS = ["6x3x8", "2x512+64"]
 SMALL = workloads(heads=HEADS, dtypes=["bfloat16", "float32"], tokens=[5])
+NORMED = workloads(["rope_store_kv_"], HEADS[:1], ["bfloat16"], tokens=[5], norms=["on"])
+QUERIES = workloads(
+    ["rope_store_kv_", "rope_store_mla_"], HEADS, ["bfloat16"], ["fp8_e4m3"], [5], ["fp8_e4m3"]
+)
 QUANTISED = workloads(
     heads=HEADS, dtypes=["float16"], kv_dtypes=["fp8_e4m3", "fp8_e5m2", "fp8_ds_mla"], tokens=[5]
 )
@@ -31,7 +35,7 @@ def small_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["ropool.cpu", "ropool.reference", "torch.eager"])
-@pytest.mark.parametrize("workload", SMALL + QUANTISED, ids=Workload.describe)
+@pytest.mark.parametrize("workload", SMALL + QUANTISED + NORMED + QUERIES, ids=Workload.describe)
 @torch.no_grad()
 def test_every_op_is_right(name: str, workload: Workload) -> None:
     [provider] = choose([name])

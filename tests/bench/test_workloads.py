@@ -10,9 +10,14 @@ from ropool.errors import RopoolError
 
 
 def one(
-    op: str, heads: str, dtype: str = "bfloat16", kv: str = "auto", tokens: int = 1
+    op: str,
+    heads: str,
+    dtype: str = "bfloat16",
+    kv: str = "auto",
+    tokens: int = 1,
+    **options: list[str],
 ) -> Workload:
-    [workload] = workloads([op], [heads], [dtype], [kv], [tokens])
+    [workload] = workloads([op], [heads], [dtype], [kv], [tokens], **options)
     return workload
 
 
@@ -39,6 +44,13 @@ def one(
         (one("store_mla_", "128x512+64", kv="fp8_e4m3", tokens=3), 3 * (1152 + 576 + 8) + 4),
         (one("rope_store_mla_", "128x512+64"), 2 * 16384 + 2304 + 256 + 16),
         (one("rope_store_mla_", "16x512+64", kv="fp8_ds_mla"), 4096 + 1152 + 656 + 256 + 16),
+        # Two rows of norm weights a call.
+        (one("rope_store_kv_", "32x8x128", norms=["on"]), 16384 + 8192 + 512 + 16 + 512),
+        # The query leaves as one byte an element; its scale is the third.
+        (
+            one("rope_store_kv_", "32x8x128", kv="fp8_e4m3", q_dtypes=["fp8_e4m3"]),
+            8192 + 4096 + 4096 + 2048 + 512 + 16 + 12,
+        ),
     ],
     ids=lambda value: value.describe() if isinstance(value, Workload) else "",
 )
@@ -77,6 +89,10 @@ def test_an_op_without_a_pool_or_queries_does_not_repeat_for_them() -> None:
         ({"ops": ["store_mla_"], "heads": ["9x3x64"]}, "store_mla_ goes with nothing"),
         ({"ops": ["rope_"], "heads": ["16x512+64"]}, "rope_ goes with nothing"),
         ({"ops": ["store_kv_"], "kv_dtypes": ["fp8_ds_mla"]}, "store_kv_ goes with nothing"),
+        ({"ops": ["rope_"], "norms": ["on"]}, "rope_ goes with nothing"),
+        ({"ops": ["store_kv_"], "q_dtypes": ["fp8_e4m3"]}, "store_kv_ goes with nothing"),
+        ({"norms": ["yes"]}, "norm 'yes' is unknown; known: off, on"),
+        ({"q_dtypes": ["int8"]}, "query dtype 'int8' is unknown"),
     ],
 )
 def test_what_is_unknown_or_means_nothing_is_refused(request_: dict[str, list], words: str) -> None:
