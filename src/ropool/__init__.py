@@ -5,6 +5,7 @@ from ropool.dispatch import NoKernelError
 from ropool.layouts import KVLayout
 from ropool.ops import rope_, rope_store_kv_, rope_store_mla_, store_kv_, store_mla_
 from ropool.ops._explain import Explanation, explain
+from ropool.ops._plan import Plan, plan
 
 __version__ = "0.1.0"
 
@@ -12,8 +13,10 @@ __all__ = [
     "Explanation",
     "KVLayout",
     "NoKernelError",
+    "Plan",
     "__version__",
     "explain",
+    "plan",
     "rope_",
     "rope_store_kv_",
     "rope_store_mla_",

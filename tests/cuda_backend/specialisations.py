@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import struct
 from typing import Any
 
 import torch
 
+import ropool
 from ops.calls import Case, arguments
 from ops.grids import (
     rope_cases,
@@ -15,40 +17,32 @@ from ops.grids import (
     store_kv_cases,
     store_mla_cases,
 )
+from ropool.backends.cuda.choose import shape_of
+from ropool.backends.cuda.grid import grid_of
 from ropool.backends.cuda.launch import describe, source_of
-from ropool.backends.cuda.tune import grid_of, shape_of
 from ropool.dispatch.key import Key, Options
-from ropool.ops import rope, rope_store_kv, rope_store_mla, store_kv, store_mla
-from ropool.ops._op import Op
+from ropool.ops._call import described
 
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a", "sm_120a"]
 PROCESSORS = 132
+DEVICE = "NVIDIA H200"
+"""A device with a tuning table, so that every kind of layout is compiled."""
 HEADS = ["32x8x128", "64x8x128", "8x1x128", "64x8x64", "40x8x128", "16x16x128", "9x3x64"]
-OPS: dict[str, Op] = {
-    "rope_": rope.OP,
-    "rope_store_kv_": rope_store_kv.OP,
-    "store_kv_": store_kv.OP,
-    "store_mla_": store_mla.OP,
-    "rope_store_mla_": rope_store_mla.OP,
-}
 Bound = tuple[Key, tuple[Any, ...], Options]
 
 
 def bound(op: str, arguments: dict[str, Any]) -> Bound:
     """What the backend is bound with by a call of `op` with keyword `arguments`."""
-    declared = OPS[op]
-    args = tuple(arguments.get(name) for name in declared.tensors)
-    defaults = Options()._asdict() | {"layout": "NHD"}
-    options = declared._options(
-        tuple(arguments.get(name, defaults[name]) for name in declared.option_names)
-    )
-    return declared._key(args, options), args, options
+    names = inspect.signature(getattr(ropool, op)).parameters
+    call = described("test", op, (), {n: v for n, v in arguments.items() if n in names})
+    key, options = call.key()
+    return key, call.tensors, options
 
 
 def source(call: Bound, arch: str, align: int = 16) -> str:
     """The kernel's text when every address is a multiple of `align`."""
     described = describe(*call, lambda name: align)
-    shape = shape_of(described, arch, PROCESSORS)
+    shape = shape_of(described, arch, PROCESSORS, DEVICE)
     return source_of(described, shape, grid_of(described, shape))
 
 

@@ -18,9 +18,9 @@ from ops.calls import Case, arguments, check_args
 from ops.memory import placed
 from oracle import compare, expected
 from ropool.backends import cuda
-from ropool.backends.cuda import launch, tune
+from ropool.backends.cuda import launch
+from ropool.backends.cuda.shape import Shape, possible, why_not_bulk
 from ropool.backends.cuda.specialise import Call
-from ropool.backends.cuda.tune import Shape
 from ropool.dispatch import cache
 
 pytestmark = pytest.mark.skipif(
@@ -224,8 +224,10 @@ def test_software_fp8_is_the_hardwares(
 
 SHAPES = {
     "early": Shape(4, 2, 2, 64, True, True),
-    "bandwidth": Shape(2, 1, 1, 128, True, False),
-    "plain": Shape(1, 1, 1, 96, False, False),
+    "bandwidth": Shape(2, 1, 1, 128, True, False, loads="line"),
+    "plain": Shape(1, 1, 1, 96, False, False, vectors=3),
+    "joint": Shape(4, 1, 1, 128, True, False, joint=True, loads="drop_first"),
+    "early and joint": Shape(2, 1, 1, 64, True, True, joint=True),
 }
 
 
@@ -233,7 +235,7 @@ SHAPES = {
 @pytest.mark.parametrize("part", range(8))
 def test_every_shape_of_launch(shape: str, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The grid's calls are small; here they run as calls of other sizes do."""
-    monkeypatch.setattr(launch, "shape_of", lambda call, arch, processors: SHAPES[shape])
+    monkeypatch.setattr(launch, "shape_of", lambda call, *_: possible(SHAPES[shape], call))
     cache.clear()
     for case in grid_cases()[part::8]:
         check_args(case.op, arguments(case), CUDA)
@@ -256,9 +258,9 @@ def test_bulk_copies(case: Case, early: bool, monkeypatch: pytest.MonkeyPatch) -
         pytest.skip("the bulk copy engine came with sm_90")
     asked = []
 
-    def shape(call: Call, arch: str, processors: int) -> Shape:
-        asked.append(tune.why_not_bulk(call))
-        return Shape(1, 1, 1, 4, True, early, asked[-1] is None)
+    def shape(call: Call, *_: object) -> Shape:
+        asked.append(why_not_bulk(call, 4))
+        return Shape(threads=4, dependent=True, early=early, bulk=asked[-1] is None)
 
     monkeypatch.setattr(launch, "shape_of", shape)
     cache.clear()

@@ -51,9 +51,14 @@ def test_the_nearest_measured_number_of_tokens_decides(
 
 def test_keys_share_an_entry_when_their_bytes_are_equal(folder: Path) -> None:
     tuning.write(table(t8=1), folder)
-    same = replace(KEY, interleaved=True, position_dtype="int32", layout="HND")
+    same = replace(KEY, dtype="float16", interleaved=True, position_dtype="int32")
     assert tuning.choice_of("cuda", "Some GPU", same, 8) == {"rows": 1}
-    for other in ({"heads_q": 64}, {"dtype": "float16"}, {"q_norm_dtype": "float32"}):
+    for other in (
+        {"heads_q": 64},
+        {"dtype": "float32"},
+        {"q_norm_dtype": "float32"},
+        {"pool_dtype": "float8_e5m2"},
+    ):
         assert tuning.choice_of("cuda", "Some GPU", replace(KEY, **other), 8) is None
 
 

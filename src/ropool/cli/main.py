@@ -49,6 +49,7 @@ COMMANDS = {
         "bench",
         ("transformers", "matplotlib"),
     ),
+    "tune": Command("ropool.cli.tune", "find the best layouts of the kernels on this GPU"),
 }
 
 

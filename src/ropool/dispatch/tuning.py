@@ -30,17 +30,24 @@ Subject = tuple[tuple[str, Any], ...]
 """The fields of a key that a table is indexed by, those at their default left out."""
 
 _FIELDS = (
-    *("op", "dtype", "heads_q", "heads_kv", "head_dim", "v_head_dim", "latent_dim", "rotary_dim"),
-    *("pool_dtype", "row_format", "q_out_dtype", "write_k"),
+    *("op", "heads_q", "heads_kv", "head_dim", "v_head_dim", "latent_dim", "rotary_dim", "write_k"),
+    *("model_bytes", "pool_bytes", "q_out_bytes", "packed_row", "norm"),
 )
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
 
 def subject(key: Key) -> Subject:
-    """What of `key` decides how much work a token is. Layouts, pairings and index dtypes change an
-    address or a permutation, not the bytes, and share an entry."""
-    normed = key.q_norm_dtype is not None or key.k_norm_dtype is not None
-    found = [(name, getattr(key, name)) for name in _FIELDS] + [("norm", normed)]
-    return tuple((name, value) for name, value in found if value not in (None, 0, False))
+    """What of `key` decides how much work a token is. Formats of one width share an entry; so do
+    layouts, pairings and index dtypes, which change an address or a permutation, not the bytes."""
+    found: dict[str, Any] = {name: getattr(key, name) for name in _FIELDS[:8]}
+    found |= {
+        "model_bytes": _BYTES[key.dtype],
+        "pool_bytes": _BYTES.get(key.pool_dtype or ""),
+        "q_out_bytes": _BYTES.get(key.q_out_dtype or ""),
+        "packed_row": key.row_format == "fp8_ds_mla",
+        "norm": key.q_norm_dtype is not None or key.k_norm_dtype is not None,
+    }
+    return tuple((name, value) for name, value in found.items() if value not in (None, 0, False))
 
 
 @dataclass(slots=True)
@@ -102,8 +109,7 @@ def parse(text: str, source: str) -> Table:
             }
             if any(tokens < 1 for tokens in choices):
                 raise ValueError("a number of tokens is less than 1")
-            names = (*_FIELDS, "norm")
-            table.entries[tuple((n, entry[n]) for n in names if n in entry)] = choices
+            table.entries[tuple((n, entry[n]) for n in _FIELDS if n in entry)] = choices
         return table
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-from ropool.dispatch import OPS, KernelReport
-from ropool.ops import rope, rope_store_kv, rope_store_mla, store_kv, store_mla
-from ropool.ops._op import hashable
-
-_MODULES = {
-    module.OP.name: module for module in (rope, rope_store_kv, store_kv, store_mla, rope_store_mla)
-}
+from ropool.dispatch import KernelReport
+from ropool.ops._call import described
 
 
 class Explanation(list[KernelReport]):
@@ -34,11 +28,5 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     Raises:
         ValueError, TypeError: no such op, or the arguments do not fit it.
     """
-    if op not in _MODULES:
-        raise ValueError(f"ropool.explain: op is {op!r}; known: {', '.join(OPS)}")
-    module = _MODULES[op]
-    call = inspect.signature(getattr(module, op)).bind(*args, **kwargs)
-    call.apply_defaults()
-    tensors = tuple(call.arguments[name] for name in module.OP.tensors)
-    options = tuple(hashable(call.arguments[name]) for name in module.OP.option_names)
-    return Explanation(module.OP.explain(tensors, options, call.arguments["backend"]))
+    call = described("explain", op, args, kwargs)
+    return Explanation(call.op.explain(call.tensors, call.options, call.backend))

@@ -126,7 +126,7 @@ class Op:
             # No tensor, a tensor of an unusual kind, an unhashable option: validation says which.
             launch = signature = None
         if launch is None:
-            launch = self._bind(args, options, backend)
+            _, launch = self.bind(args, options, backend)
             if signature is not None:
                 cache.keep(signature, launch)
         launch(args)
@@ -157,35 +157,40 @@ class Op:
                     return name
         return None
 
-    def _bind(self, args: Args, options: tuple[Any, ...], backend: str | None) -> Launch:
-        """Validate a call and find its launch."""
+    def key(self, args: Args, options: tuple[Any, ...], backend: str | None) -> tuple[Key, Options]:
+        """Validate a call; its key, and its options by name."""
         self._check_types(args, options, backend)
         named = self._options(options)
-        key = self._key(args, named)
+        return self._key(args, named), named
+
+    def bind(self, args: Args, options: tuple[Any, ...], backend: str | None) -> tuple[str, Launch]:
+        """Validate a call; the label of its kernel (empty when there is nothing to do), and its
+        launch. A launch may have a `freeze(args)`, which makes a launch of no arguments for
+        tensors that stay where they are."""
+        key, named = self.key(args, options, backend)
         self._refuse_gradients(args)
         device = args[0].device
         if device.type == "meta":
-            return _nothing
+            return "", _nothing
         spec = select(self.name, device_of(device), key, backend)
         if args[0].shape[0] == 0:
-            return _nothing
+            return "", _nothing
         launch: Launch = load(spec.target)(key, args, named)
         cache.chosen[self.name] = spec.label
         if not current().check:
-            return launch
+            return spec.label, launch
 
         def checked(args: Args) -> None:
             self._check(args, named)
             launch(args)
 
-        return checked
+        return spec.label, checked
 
     def explain(
         self, args: Args, options: tuple[Any, ...], backend: str | None
     ) -> list[KernelReport]:
         """Every kernel of this op, with chosen or why not for this call."""
-        self._check_types(args, options, backend)
-        key = self._key(args, self._options(options))
+        key, _ = self.key(args, options, backend)
         device: Device = device_of(args[0].device)
         return explain(self.name, device, key, backend)
 
@@ -215,8 +220,7 @@ class Op:
 
     def _run_fake(self, *values: Any) -> None:
         args, options, backend = self._split(values)
-        self._check_types(args, options, backend)
-        self._key(args, self._options(options))
+        self.key(args, options, backend)
 
     def _split(self, values: tuple[Any, ...]) -> tuple[Args, tuple[Any, ...], str | None]:
         """The torch op's arguments as tensors, options and backend; lists become hashable."""

@@ -11,6 +11,7 @@ import hashlib
 import os
 import stat
 import tempfile
+import threading
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ KERNEL = "ropool_kernel"
 _FORMAT = "1"
 _UNUSED = 177
 """The warning of names that a specialisation does not use."""
+_importing = threading.Lock()
+"""`cuda.core` fills itself with names while it is imported; other threads would see it half filled.
+"""
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -42,7 +46,8 @@ def compile_cubin(text: str, arch: str) -> bytes:
 
     Raises `RuntimeError` with the compiler's log.
     """
-    from cuda.core import Program, ProgramOptions
+    with _importing:
+        from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(name=KERNEL, arch=arch, std="c++17", diag_suppress=_UNUSED)
     try:

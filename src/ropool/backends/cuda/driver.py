@@ -6,7 +6,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ _SERIALIZATION_ATTRIBUTE = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZ
 _ATTRIBUTE_BYTES = 72
 _INVALID_CONTEXT = 201
 _STREAM_AT = 32
-_PARAMETERS_AT = 56
-"""Offsets in a frame: a CUlaunchConfig of 56 bytes, from byte 32 on stream, attributes and their
-number; then the kernel's parameters, addresses first."""
+_ADDRESSES_AT = 56
+"""Offsets in a frame: a CUlaunchConfig of 56 bytes, with the stream in it; then the kernel's
+parameters, addresses first."""
 
 
 @functools.cache
@@ -60,7 +60,8 @@ class _Frame:
         self.memory = ctypes.create_string_buffer(content, len(content))
         at = ctypes.addressof(self.memory)
         self.config = ctypes.c_void_p(at)
-        self.parameters = (ctypes.c_void_p * 1)(at + _PARAMETERS_AT)
+        self.stream = ctypes.c_uint64.from_buffer(self.memory, _STREAM_AT)
+        self.parameters = (ctypes.c_void_p * 1)(at + _ADDRESSES_AT)
 
 
 class Launcher:
@@ -87,28 +88,48 @@ class Launcher:
         self._device = device
         # Frames not in use; taking and returning one is atomic, so threads never share one.
         self._frames = [_Frame(self._content)]
-        self._attributes = (attributes, int(dependent))
-        self._fill = struct.Struct(f"=QQQ{addresses}Q").pack_into
+        self._fill = struct.Struct(f"={addresses}Q").pack_into
         self._call = library().cuLaunchKernelEx
 
     def __call__(self, addresses: Sequence[int]) -> None:
         """Launch on PyTorch's current stream of the device."""
-        device = self._device
-        if torch._C._cuda_getDevice() != device:
-            with torch.cuda.device(device):
-                self(addresses)
-            return
         try:
             frame = self._frames.pop()
         except IndexError:
             frame = _Frame(self._content)
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        self._fill(frame.memory, _STREAM_AT, stream, *self._attributes, *addresses)
+        self._fill(frame.memory, _ADDRESSES_AT, *addresses)
+        self._start(frame)
+        self._frames.append(frame)
+
+    def frozen(self, addresses: Sequence[int]) -> Callable[[], None]:
+        """A launch with these addresses and no arguments."""
+        content = bytearray(self._content)
+        self._fill(content, _ADDRESSES_AT, *addresses)
+        whole = bytes(content)
+        frames = [_Frame(whole)]
+        start = self._start
+
+        def launch() -> None:
+            try:
+                frame = frames.pop()
+            except IndexError:
+                frame = _Frame(whole)
+            start(frame)
+            frames.append(frame)
+
+        return launch
+
+    def _start(self, frame: _Frame) -> None:
+        device = self._device
+        if torch._C._cuda_getDevice() != device:
+            with torch.cuda.device(device):
+                self._start(frame)
+            return
+        frame.stream.value = torch._C._cuda_getCurrentRawStream(device)
         status = self._call(frame.config, self._function, frame.parameters, None)
         if status == _INVALID_CONTEXT:
             # A thread that has not used CUDA yet.
             torch.cuda.set_device(device)
             status = self._call(frame.config, self._function, frame.parameters, None)
-        self._frames.append(frame)
         if status:
             check(status, "cuLaunchKernelEx")

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from ropool.backends.cuda import compile, driver
-from ropool.backends.cuda.prelude import prelude
+from ropool.backends.cuda.choose import shape_of
+from ropool.backends.cuda.grid import Grid, grid_of
+from ropool.backends.cuda.prelude import prelude, switches
+from ropool.backends.cuda.shape import Shape
 from ropool.backends.cuda.specialise import (
     VECTOR_BYTES,
     Call,
@@ -21,7 +24,6 @@ from ropool.backends.cuda.specialise import (
     mla_planes,
     power_of_2,
 )
-from ropool.backends.cuda.tune import Grid, Shape, grid_of, shape_of
 from ropool.dispatch.key import Key, Options
 
 Args = tuple[Tensor | None, ...]
@@ -78,10 +80,14 @@ def describe(key: Key, args: Args, options: Options, align: Callable[[str], int]
 
 def source_of(call: Call, shape: Shape, grid: Grid) -> str:
     """The whole text of a specialised kernel."""
+    files = ["dependent", "slots"]
+    if not shape.bulk:
+        files += ["stores", "rotation", "rows", "turned", "copied"]
     parts = [
-        compile.source("memory.cuh"),
+        switches(shape),
+        *(compile.source(f"{name}.cuh") for name in ("memory", "formats")),
         prelude(call, shape, grid),
-        compile.source("slots.cuh"),
+        *(compile.source(f"{name}.cuh") for name in files),
         compile.source("bulk.cu" if shape.bulk else "heads.cu"),
     ]
     return "\n".join(parts)
@@ -89,10 +95,9 @@ def source_of(call: Call, shape: Shape, grid: Grid) -> str:
 
 def _launcher(call: Call, device: int) -> driver.Launcher:
     """Compile the kernel of `call`, unless it is loaded already, and prepare its launch."""
-    major, minor = torch.cuda.get_device_capability(device)
-    arch = f"sm_{major}{minor}"
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    shape = shape_of(call, arch, processors)
+    gpu = torch.cuda.get_device_properties(device)
+    arch = f"sm_{gpu.major}{gpu.minor}"
+    shape = shape_of(call, arch, gpu.multi_processor_count, gpu.name)
     grid = grid_of(call, shape)
     text = source_of(call, shape, grid)
     found = _functions.get((text, device))
@@ -145,13 +150,22 @@ def bind(key: Key, args: Args, options: Options) -> Launch:
         known = dict(zip(names, alignments, strict=True))
         return _launcher(describe(key, shapes, options, known.__getitem__), device)
 
-    def launch(args: Args) -> None:
+    def prepared(args: Args) -> tuple[driver.Launcher, list[int]]:
         addresses = [tensor.data_ptr() for tensor in tensors_of(args)]
         low_bits = functools.reduce(or_, vectors_of(addresses)) % VECTOR_BYTES
         alignments = tuple(map(power_of_2, vectors_of(addresses))) if low_bits else ()
         launcher = launchers.get(alignments)
         if launcher is None:
             launcher = launchers[alignments] = launcher_for(alignments)
+        return launcher, addresses
+
+    def launch(args: Args) -> None:
+        launcher, addresses = prepared(args)
         launcher(addresses)
 
+    def freeze(args: Args) -> Callable[[], None]:
+        launcher, addresses = prepared(args)
+        return launcher.frozen(addresses)
+
+    launch.freeze = freeze  # type: ignore[attr-defined]
     return launch

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ropool.backends.cuda.grid import Grid
+from ropool.backends.cuda.shape import LOADS, Shape
 from ropool.backends.cuda.specialise import POINTERS, SCALARS, Call
-from ropool.backends.cuda.tune import Grid, Shape
 
 _INTEGERS = {
     **dict.fromkeys(("HQ", "HK", "HV", "MERGED", "JOINED", "STORE", "WRITE_K", "TILES"), 0),
@@ -25,14 +26,19 @@ _FORMATS = {
 }
 
 
+def switches(shape: Shape) -> str:
+    """What the preprocessor has to know."""
+    return f"#define PDL {int(shape.dependent)}\n#define LOADS {LOADS.index(shape.loads)}\n"
+
+
 def prelude(call: Call, shape: Shape, grid: Grid) -> str:
-    """The text that stands between `memory.cuh` and the kernel."""
+    """The constants, formats and parameters, which the kernels' own text follows."""
     integers = _INTEGERS | call.integers
     integers |= {"D": call.key.head_dim, "R": call.key.rotary_dim}
     integers |= {"THREADS": shape.threads, **grid.constants}
     integers |= {"EARLY": int(shape.early), "KEEP_TABLE": int(not shape.early)}
-    lines = [f"#define PDL {int(shape.dependent)}"]
-    lines += [f"constexpr int {name} = {value};" for name, value in sorted(integers.items())]
+    integers["JOINT"] = int(shape.joint)
+    lines = [f"constexpr int {name} = {value};" for name, value in sorted(integers.items())]
     formats = _FORMATS | call.formats
     lines += [f"using {name} = {value};" for name, value in sorted(formats.items())]
     present = [name for name, _ in call.pointers]

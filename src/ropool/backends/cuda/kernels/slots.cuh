@@ -1,21 +1,4 @@
-// Dependent launch, and where a token's row stands in the pool: what every kernel shares. `Params` and
-// the upper-case constants stand in the prelude.
-
-// Dependent launch: the next kernel may be scheduled as soon as all blocks of this one have started,
-// since it waits itself before it touches memory.
-DEVICE void let_next_kernel_start() {
-#if PDL && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-DEVICE void wait_for_previous_kernel() {
-#if PDL && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Strides of pools are in bytes.
+// Where a token's row stands in the pool. Strides of pools are in bytes.
 
 // The slot that an entry of the slot mapping stands for, or -1: padding, or outside of the map or the
 // pool.

@@ -1,0 +1,72 @@
+"""The layouts that `ropool tune` measures, and their compilation beforehand."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from ropool.backends.cuda import compile
+from ropool.backends.cuda.grid import grid_of
+from ropool.backends.cuda.launch import describe, source_of
+from ropool.backends.cuda.shape import LOADS, checked, possible
+from ropool.backends.cuda.specialise import VECTOR_BYTES
+from ropool.dispatch.key import Key, Options
+from ropool.dispatch.spec import Args
+from ropool.dispatch.tuning import Choice
+
+EARLY_TOKENS = 16384
+"""Calls of more tokens are bound by bandwidth on every GPU: prefetching early is not tried."""
+BULK_TOKENS = 1024
+THREADS = (64, 128, 256)
+
+
+def layouts(key: Key, tokens: int) -> list[Choice]:
+    """What is tried first for calls of `key` with so many tokens."""
+    early = (False, True) if tokens <= EARLY_TOKENS else (False,)
+    found: list[Choice] = []
+    if key.rotary_dim:
+        rows = [n for n in (1, 2, 3, 4, 8) if key.heads_q % n == 0][:4] or [1]
+        keys = [n for n in (1, 2) if n <= max(key.heads_kv, 1)]
+        values = (1, 2) if key.latent_dim else (1,)
+        for threads, e, q in itertools.product(THREADS, early, rows):
+            shared = {"q_rows": q, "threads": threads, "early": e}
+            for k, v in itertools.product(keys, values):
+                found.append(shared | {"k_rows": k, "v_rows": v})
+            found.append(shared | {"joint": True})
+        return found
+    for threads, e in itertools.product(THREADS, early):
+        shared = {"threads": threads, "early": e}
+        if key.latent_dim:
+            found += [shared | {"vectors": n} for n in (2, 3, 4)]
+        else:
+            found += [shared | {"k_rows": n, "v_rows": n} for n in (1, 2, 4)]
+    if tokens >= BULK_TOKENS:
+        found += [
+            {"bulk": True, "threads": rows, "early": e}
+            for rows, e in itertools.product((2, 4, 8, 16), early)
+        ]
+    return found
+
+
+def refinements(choice: Choice) -> list[Choice]:
+    """What is tried with the best of them."""
+    if choice.get("bulk"):
+        return []
+    return [{**choice, "loads": loads} for loads in LOADS[1:]]
+
+
+def prepare(calls: Iterable[tuple[Key, Args, Options, Choice]], device: int) -> None:
+    """Compile what the calls need into the cache on disk, on every core."""
+    major, minor = torch.cuda.get_device_capability(device)
+    arch = f"sm_{major}{minor}"
+    texts = set()
+    for key, args, options, choice in calls:
+        call = describe(key, args, options, lambda name: VECTOR_BYTES)
+        shape = possible(checked(choice)._replace(dependent=major >= 9), call)
+        texts.add(source_of(call, shape, grid_of(call, shape)))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda text: compile.cubin(text, arch), texts))

@@ -1,0 +1,109 @@
+"""The ways in which a kernel's work can be laid over threads, and which of them a call allows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ropool.backends.cuda.specialise import SIZES, VECTOR_BYTES, Call
+from ropool.dispatch import tuning
+
+BULK_BYTES = 48 << 10
+"""Shared memory that a block has without asking for more."""
+MOST_THREADS = 1024
+LOADS = ("plain", "drop_first", "line")
+"""What L2 does with rows that are read once: nothing special; drop them before others; fetch their
+whole lines of 128 bytes."""
+
+
+class Shape(NamedTuple):
+    """`*_rows`: rows of a token that one thread takes. `dependent`: launched so that it may start
+    while the kernel before it drains; `early`: it then prefetches while it waits. `joint`: a thread
+    takes queries and keys alike. `bulk`: the bulk copy engine moves the rows, one a thread."""
+
+    q_rows: int = 2
+    k_rows: int = 1
+    v_rows: int = 1
+    threads: int = 128
+    dependent: bool = False
+    early: bool = False
+    joint: bool = False
+    bulk: bool = False
+    loads: str = "plain"
+    vectors: int = 2
+    """Vectors of an MLA row stored as it came that one thread takes."""
+
+
+def checked(choice: tuning.Choice) -> Shape:
+    """The shape that a table's choice names. Raises `ValueError` for one that no kernel has."""
+    try:
+        shape = Shape(**choice)
+    except TypeError as error:
+        raise ValueError(f"ropool: tuning choice {dict(choice)}: {error}") from None
+    counts = {"q_rows": 8, "k_rows": 8, "v_rows": 8, "vectors": 8, "threads": MOST_THREADS}
+    for name, most in counts.items():
+        value = getattr(shape, name)
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"ropool: tuning choice: {name} is {value!r}; allowed: 1 to {most}")
+    if shape.loads not in LOADS:
+        raise ValueError(
+            f"ropool: tuning choice: loads is {shape.loads!r}; allowed: {', '.join(LOADS)}"
+        )
+    if not shape.bulk and shape.threads % 32:
+        raise ValueError(
+            f"ropool: tuning choice: threads is {shape.threads}; allowed: multiples of 32"
+        )
+    return shape
+
+
+def possible(shape: Shape, call: Call) -> Shape:
+    """`shape` without what `call` does not allow: entries are shared by calls whose strides and
+    addresses differ."""
+    if shape.bulk and (not shape.dependent or why_not_bulk(call, shape.threads) is not None):
+        shape = shape._replace(bulk=False, threads=128)
+    if shape.joint and why_not_joint(call) is not None:
+        shape = shape._replace(joint=False)
+    return shape._replace(early=shape.early and shape.dependent)
+
+
+def why_not_joint(call: Call) -> str | None:
+    """Why a thread cannot take queries and keys of a call alike, or `None`."""
+    given, key = call.integers, call.key
+    if not given.get("HQ") or not given.get("HK"):
+        return "there are not both"
+    if given["VQ"] != given["VK"]:
+        return "their vectors differ in width"
+    if key.rotary_dim != key.head_dim:
+        return "not all of a head is turned"
+    return None
+
+
+def row_bytes(call: Call) -> int:
+    """Bytes of a token's keys and values."""
+    given = call.integers
+    elements = given["HK"] * call.key.head_dim + given["HV"] * given["DV"]
+    return elements * SIZES[call.formats["Model"]]
+
+
+def why_not_bulk(call: Call, rows: int = 1) -> str | None:
+    """Why the bulk copy engine cannot move a call's rows, so many a block, or `None`."""
+    given, scalars, formats = call.integers, call.scalars, call.formats
+    if not given.get("STORE") or call.key.rotary_dim or given.get("TILES"):
+        return "the rows are not stored as they came"
+    if not formats["Model"] == formats["KPool"] == formats["VPool"]:
+        return "the pool's format is another"
+    size = SIZES[formats["Model"]]
+    parts = {"k": (given["HK"], call.key.head_dim), "v": (given["HV"], given["DV"])}
+    for part, (heads, dims) in parts.items():
+        prefix = part.upper()
+        if given[f"{prefix}_GROUP"] or given[f"{prefix}_ROW_GROUP"] > 1:
+            return f"{part}_pool does not keep a row in one piece"
+        dense = (scalars[f"{part}_head"], scalars[f"{part}_plane"] // size) == (dims, dims)
+        if heads > 1 and not dense:
+            return f"the heads of a row of {part} are apart"
+        if heads * dims * size % VECTOR_BYTES:
+            return f"a row of {part} is no multiple of {VECTOR_BYTES} bytes"
+        if given[f"{prefix}_POOL_ALIGN"] < VECTOR_BYTES or call.row_align[part] < VECTOR_BYTES:
+            return f"{part} is not aligned to {VECTOR_BYTES} bytes"
+    if rows * row_bytes(call) > BULK_BYTES - 1024:
+        return "rows are too long for shared memory"
+    return None
