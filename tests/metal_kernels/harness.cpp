@@ -1,0 +1,141 @@
+// Runs the kernels of rope_pool.metal one thread after the other over the grid that the host code lays out.
+
+// The standard headers first: the shim makes `thread`, `device` and `constant` vanish.
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+// Every store is counted in the range that it falls into; one that falls into none is an error.
+struct Range {
+    std::uintptr_t begin, end;
+    std::uint8_t* counts;
+};
+static std::vector<Range> ranges;
+static long stray = 0;
+
+static void on_store(const void* address, std::size_t bytes) {
+    const auto begin = reinterpret_cast<std::uintptr_t>(address);
+    for (const Range& range : ranges) {
+        if (begin >= range.begin && begin + bytes <= range.end) {
+            for (std::size_t i = 0; range.counts != nullptr && i < bytes; ++i) ++range.counts[begin - range.begin + i];
+            return;
+        }
+    }
+    ++stray;
+}
+#define ROPOOL_ON_STORE(address, bytes) on_store(address, bytes)
+
+#include "rope_pool.metal"
+
+#include "launch.hpp"
+
+using ropool::metal::Grid;
+using ropool::metal::Kernel;
+using ropool::metal::Shape;
+
+struct Buffers {
+    void *q, *k, *v, *positions, *slots, *source, *q_out, *k_out, *k_pool, *v_pool;
+};
+
+struct Case {
+    std::int32_t kernel, dtype, width, per_thread;  // per_thread 0: what the host would choose
+    std::int32_t source, long_positions, long_slots, sloppy;
+};
+
+template <class Body>
+static void each_thread(const Grid& grid, Body body) {
+    for (uint z = 0; z < grid.threads[2]; ++z) {
+        for (uint y = 0; y < grid.threads[1]; ++y) {
+            for (uint x = 0; x < grid.threads[0]; ++x) body(uint3{x, y, z});
+        }
+    }
+}
+
+template <class T, int V>
+static void run(Kernel kernel, const Grid& grid, const Buffers& b, RopePoolParams& params) {
+    const auto in = [](void* p) { return static_cast<const T*>(p); };
+    const auto out = [](void* p) { return static_cast<T*>(p); };
+    const auto raw = [](void* p) { return static_cast<const uchar*>(p); };
+    each_thread(grid, [&](uint3 at) {
+        switch (kernel) {
+            case Kernel::rope_q:
+                return rope_q<T, V>(in(b.q), raw(b.positions), raw(b.source), out(b.q_out), params, at);
+            case Kernel::rope_k_pool:
+                return rope_k_pool<T, V>(in(b.k), raw(b.positions), raw(b.slots), raw(b.source), out(b.k_out),
+                                         out(b.k_pool), params, at);
+            case Kernel::v_to_pool:
+                return v_to_pool<T, V>(in(b.v), raw(b.slots), raw(b.positions), out(b.v_pool), params, at);
+            case Kernel::kv_to_pool:
+                return kv_to_pool<T, V>(in(b.k), in(b.v), raw(b.slots), out(b.k_pool), out(b.v_pool), params, at);
+            case Kernel::fused:
+                return rope_pool_fused<T, V>(in(b.q), in(b.k), in(b.v), raw(b.positions), raw(b.slots), raw(b.source),
+                                             out(b.q_out), out(b.k_out), out(b.k_pool), out(b.v_pool), params, at);
+        }
+    });
+}
+
+template <class T>
+static void run_width(int width, Kernel kernel, const Grid& grid, const Buffers& b, RopePoolParams& params) {
+    if (width == 4) run<T, 4>(kernel, grid, b, params);
+    else if (width == 2) run<T, 2>(kernel, grid, b, params);
+    else run<T, 1>(kernel, grid, b, params);
+}
+
+extern "C" {
+
+void watch(void* address, std::int64_t bytes, std::uint8_t* counts) {
+    const auto begin = reinterpret_cast<std::uintptr_t>(address);
+    ranges.push_back({begin, begin + static_cast<std::uintptr_t>(bytes), counts});
+}
+
+long unwatch() {
+    ranges.clear();
+    return std::exchange(stray, 0);
+}
+
+int vector_width(const Shape* shape, std::int64_t multiples) { return ropool::metal::vector_width(*shape, multiples); }
+
+std::int64_t alignment(std::uint64_t base, std::int64_t itemsize, std::int64_t a, std::int64_t b) {
+    return ropool::metal::alignment(base, itemsize, {a, b});
+}
+
+int heads_per_thread(const Shape* shape, int width) { return ropool::metal::heads_per_thread(*shape, width); }
+
+void grid_of(int kernel, const Shape* shape, int width, int per_thread, std::uint32_t most, std::uint32_t* out) {
+    const Grid grid = ropool::metal::grid(static_cast<Kernel>(kernel), *shape, width, per_thread, most);
+    for (int i = 0; i < 3; ++i) {
+        out[i] = grid.threads[i];
+        out[3 + i] = grid.group[i];
+    }
+}
+
+void run_kernel(const Case* test, const Shape* shape, const Buffers* buffers, RopePoolParams* params) {
+    kHeadDim = shape->head_dim;
+    kRotaryDim = shape->rotary_dim;
+    kHeadsQ = shape->heads_q;
+    kHeadsKV = shape->heads_kv;
+    kInterleaved = shape->interleaved;
+    kSource = test->source;
+    kLongPositions = test->long_positions != 0;
+    kLongSlots = test->long_slots != 0;
+    kHeadsPerThread = test->per_thread != 0 ? test->per_thread : ropool::metal::heads_per_thread(*shape, test->width);
+    metal::sloppy = test->sloppy;
+    const auto kernel = static_cast<Kernel>(test->kernel);
+    const Grid grid = ropool::metal::grid(kernel, *shape, test->width, kHeadsPerThread);
+    if (test->dtype == 0) run_width<float>(test->width, kernel, grid, *buffers, *params);
+    else if (test->dtype == 1) run_width<half>(test->width, kernel, grid, *buffers, *params);
+    else run_width<bfloat>(test->width, kernel, grid, *buffers, *params);
+}
+
+void run_copy(void* from, void* to, std::int64_t bytes, int aligned) {
+    const Grid grid = ropool::metal::copy_grid(bytes);
+    CopyPoolParams params = {bytes, aligned, 0};
+    each_thread(grid, [&](uint3 at) {
+        copy_pool(static_cast<const uint4*>(from), static_cast<uint4*>(to), params, at,
+                  uint3{grid.threads[0], grid.threads[1], grid.threads[2]});
+    });
+}
+}
