@@ -3,6 +3,7 @@ pool."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -252,3 +253,74 @@ def test_a_family_that_is_not_covered_is_named() -> None:
         RopoolError, match=f"'gpt2' is not covered; covered: {', '.join(sorted(FAMILIES))}"
     ):
         PooledModel(model)
+
+
+ROPE = {"rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    "name, rope, message",
+    [
+        ("llama", {**ROPE, "rope_type": "spiral"}, "rope_type is 'spiral'; allowed: default, dyn"),
+        ("llama", {**ROPE, "rope_type": "default", "twist": 2}, "twist is 2, with rope_type"),
+        ("llama", {"rope_type": "default"}, "rope_theta is missing"),
+        (
+            # Its base grows from another length than the context: with every token of a request.
+            "llama",
+            {
+                **ROPE,
+                "rope_type": "dynamic",
+                "factor": 2.0,
+                "original_max_position_embeddings": 128,
+            },
+            "original_max_position_embeddings is 128; allowed: with rope_type 'dynamic'",
+        ),
+        (
+            "phi3",
+            {**tiny.LONGROPE["rope_parameters"], "short_factor": [1.0]},
+            r"short_factor is .* R/2 \(6\) numbers",
+        ),
+        (
+            "qwen2_vl",
+            {**ROPE, "rope_type": "default", "mrope_section": [2, 2, 2]},
+            "mrope_section is .* sum to R/2",
+        ),
+        (
+            "qwen2_vl",
+            {
+                **ROPE,
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0] * 8,
+                "original_max_position_embeddings": 64,
+                "mrope_section": [2, 3, 3],
+            },
+            "M-RoPE is covered .* without LongRoPE only",
+        ),
+    ],
+)
+def test_a_rotation_that_cannot_be_expressed_is_refused(
+    name: str, rope: dict[str, Any], message: str
+) -> None:
+    model = tiny.build(name)
+    model.config.get_text_config().rope_parameters = rope
+    with pytest.raises(RopoolError, match=message) as caught:
+        PooledModel(model)
+    assert "\n" not in str(caught.value)
+
+
+def test_dynamic_ntk_is_exact_in_the_whole_context() -> None:
+    model = tiny.build("llama", rope_parameters={**ROPE, "rope_type": "dynamic", "factor": 4.0})
+    pooled = PooledModel(tiny.copy_of(model))
+    assert (pooled.spec.max_position, pooled.spec.rotary_switch) == (256, None)
+    engine = Engine(pooled, pool_tokens=256)
+    draw = random.Random(5)
+    prompt = [draw.randrange(tiny.VOCAB) for _ in range(256 - NEW_TOKENS)]
+    assert engine.generate([prompt], PARAMS)[0].output == tiny.greedy(model, prompt, NEW_TOKENS)[0]
+    with pytest.raises(RopoolError, match="the model's context holds 256"):
+        engine.add([1] * 256)
+
+
+def test_a_window_of_the_whole_context_is_none() -> None:
+    assert PooledModel(tiny.build("phi3", sliding_window=256)).spec.windows == (None,) * 3
+    assert PooledModel(tiny.build("phi3", sliding_window=255)).spec.windows == (255,) * 3

@@ -6,17 +6,20 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import gguf as gguf_files
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from engine import tiny, tiny_files
-from engine.bytes_tokenizer import END_ID
+from engine.bytes_tokenizer import END_ID, byte_tokenizer
 from ropool.engine import Engine, SamplingParams
 from ropool.errors import RopoolError
-from ropool.integrations.transformers import gguf, load
+from ropool.integrations.transformers import FAMILIES, gguf, load
 
 PROMPT = list(b"What is this?")
 
@@ -48,6 +51,18 @@ def answer(name: Path) -> list[int]:
 
 def test_a_directory(directory: Path) -> None:
     assert answer(directory) == tiny.greedy(tiny_files.tiny_model(), PROMPT, 12)[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_directory_of_each_family(family: str, tmp_path: Path) -> None:
+    names = [name for name, changes in tiny.MODELS.items() if changes["model_type"] == family]
+    model = tiny.build(names[0])
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    pooled, _ = load(str(tmp_path))
+    prompt = [5, 4, 3, 2, 1]
+    request = Engine(pooled, pool_tokens=64).generate([prompt], SamplingParams(8))[0]
+    assert request.output == tiny.greedy(model, prompt, 8)[0]
 
 
 def test_a_gguf_file_is_converted_once(gguf_file: Path, cache: Path) -> None:
@@ -135,6 +150,31 @@ def test_a_gguf_of_another_family(tmp_path: Path) -> None:
     path = tiny_files.write_gguf(tmp_path / "other.gguf", architecture="gemma2")
     with pytest.raises(RopoolError, match="family 'gemma2' is not covered"):
         load(str(path))
+
+
+@pytest.mark.parametrize(
+    "change, lost",
+    [
+        (
+            lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, dtype=np.float32)),
+            "rope_freqs.weight",
+        ),
+        (
+            lambda writer: writer.add_rope_scaling_type(gguf_files.RopeScalingType.YARN),
+            "llama.rope.scaling.type = yarn",
+        ),
+        (lambda writer: writer.add_rope_scaling_factor(4.0), "llama.rope.scaling.factor = 4.0"),
+    ],
+    ids=["frequencies", "type", "factor"],
+)
+def test_a_gguf_whose_rotation_would_be_lost(
+    tmp_path: Path, cache: Path, change: Callable[[gguf_files.GGUFWriter], None], lost: str
+) -> None:
+    # The library reads the base and nothing else: the model would run with plain frequencies.
+    path = tiny_files.write_gguf(tmp_path / "scaled.gguf", change=change)
+    with pytest.raises(RopoolError, match=rf"rotation \({lost}\) is lost"):
+        load(str(path))
+    assert [entry.suffix for entry in cache.iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize(

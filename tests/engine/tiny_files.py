@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,12 @@ def write_directory(path: Path, name: str = "llama") -> Path:
     return path
 
 
-def write_gguf(path: Path, architecture: str = "llama") -> Path:
-    """The same model as one GGUF file, with float32 tensors."""
+def write_gguf(
+    path: Path,
+    architecture: str = "llama",
+    change: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+) -> Path:
+    """The same model as one GGUF file, with float32 tensors; `change` adds to it."""
     model = tiny_model()
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -59,6 +64,7 @@ def write_gguf(path: Path, architecture: str = "llama") -> Path:
     writer.add_eos_token_id(END_ID)
     writer.add_bos_token_id(END_ID)
     writer.add_chat_template(CHAT_TEMPLATE)
+    change(writer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
         data = weight.numpy()

@@ -20,9 +20,13 @@ from transformers.utils import logging
 
 from ropool.errors import RopoolError
 from ropool.integrations.transformers.families import family_of
+from ropool.integrations.transformers.gguf_rotation import check_rotation
 
 _FORMAT = 1
 """Raised when what is written changes, so that older conversions are not read."""
+
+_MODEL_TYPES = {"gemma3": "gemma3_text", "gpt-oss": "gpt_oss", "qwen3moe": "qwen3_moe"}
+"""Families that GGUF calls otherwise."""
 
 
 def converted(path: Path, report: Callable[[str], None]) -> Path:
@@ -38,7 +42,7 @@ def converted(path: Path, report: Callable[[str], None]) -> Path:
     if directory.is_dir():
         return directory
     if (family := _architecture(path)) is not None:
-        family_of(family)
+        family_of(_MODEL_TYPES.get(family, family))
     directory.parent.mkdir(parents=True, exist_ok=True)
     with _locked(directory.with_name(directory.name + ".lock")):
         if directory.is_dir():
@@ -72,6 +76,7 @@ def _convert(path: Path, target: Path) -> None:
         if not bars:
             logging.disable_progress_bar()
     family_of(model.config.model_type)
+    check_rotation(path, model.config)
     try:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)

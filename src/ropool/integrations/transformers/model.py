@@ -9,10 +9,9 @@ from torch import Tensor
 
 from ropool.engine.spec import ModelSpec
 from ropool.engine.step import Step
-from ropool.errors import RopoolError
 from ropool.integrations.transformers.families import family_of
 from ropool.integrations.transformers.linear import reordered
-from ropool.rotary import RotaryConfig, StackedRotary
+from ropool.integrations.transformers.rotation import allocate
 
 
 class PooledModel:
@@ -35,33 +34,20 @@ class PooledModel:
         self._norm = getattr(decoder, family.norm_name)
         self._head = reordered(family.head(model))
         weight = self._embed.weight
-        rotations = _rotations(config)
+        rotations = allocate(config, weight.device)
         context: int = config.max_position_embeddings
-        tables = {
-            rotation: StackedRotary(rotation, context, device=weight.device)
-            for rotation in set(rotations)
-        }
-        switches = {table.switch for table in tables.values()}
-        if len(switches) > 1:
-            raise RopoolError(
-                f"the rotations of the model's layers change at different lengths, {switches}; "
-                "one is covered"
-            )
-        streams = {3 if rotation.mrope_section else 1 for rotation in rotations}
-        if len(streams) > 1 or (streams == {3} and switches != {None}):
-            raise RopoolError("M-RoPE is covered in all layers alike and without LongRoPE only")
         attentions = []
         for number, layer in enumerate(self._layers):
             original = getattr(layer, family.attention_name)
-            attentions.append(family.attention(original, number, tables[rotations[number]]))
+            attentions.append(family.attention(original, number, rotations.layers[number]))
             setattr(layer, family.attention_name, attentions[-1])
             reordered(layer)
         self.spec = ModelSpec(
             row=attentions[0].row,
-            windows=tuple(attention.window for attention in attentions),
+            windows=tuple(_window(attention.window, context) for attention in attentions),
             max_position=context,
-            rotary_switch=switches.pop(),
-            position_streams=streams.pop(),
+            rotary_switch=rotations.switch,
+            position_streams=rotations.streams,
             hidden_size=weight.shape[1],
             eos_ids=_eos_ids(model),
             vocabulary=weight.shape[0],
@@ -81,15 +67,9 @@ class PooledModel:
         return self._head(self._norm(hidden[0, step.sample_rows])).float()
 
 
-def _rotations(config: Any) -> list[RotaryConfig]:
-    """The rotation of each layer; they may differ by the kind of layer."""
-    layers: int = config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None) or [None] * layers
-    try:
-        by_kind = {kind: RotaryConfig.from_hf(config, kind) for kind in set(kinds)}
-    except ValueError as error:
-        raise RopoolError(str(error)) from error
-    return [by_kind[kind] for kind in kinds[:layers]]
+def _window(window: int | None, context: int) -> int | None:
+    """One that holds the whole context is none: such layers need no pool of their own."""
+    return None if window is None or window >= context else window
 
 
 def _eos_ids(model: Any) -> frozenset[int]:
