@@ -44,26 +44,28 @@ class CudaTimer:
 
     def prepare(self, call: Timed, sets: Sequence[Inputs]) -> Samplers:
         """Capture calls on all sets. A second graph has no overlap, where the first has."""
+        overlapping = self.sampler(call, sets)
+        assert overlapping is not None
+        return Samplers(overlapping, self.sampler(call, sets, serial=True))
+
+    def sampler(
+        self, call: Callable[[Any], object], sets: Sequence[Any], serial: bool = False
+    ) -> Sample | None:
+        """Capture calls on all sets; `serial`: without overlap, `None` when they have none."""
         count = len(sets) * max(1, min(CYCLES, NODES // len(sets)))
         calls = list(islice(cycle(sets), count))
         self._warm_up(lambda: call(sets[0]))
+        graph = self._capture(lambda: [call(inputs) for inputs in calls])
+        if serial and not serialise(graph.raw_cuda_graph()):
+            return None
+        graph.instantiate()
+        graph.replay()
 
-        def captured(serial: bool) -> Sample | None:
-            graph = self._capture(lambda: [call(inputs) for inputs in calls])
-            if serial and not serialise(graph.raw_cuda_graph()):
-                return None
-            graph.instantiate()
-            graph.replay()
+        def sample() -> float:
+            self._other.sum()
+            return self._microseconds(graph.replay) / count
 
-            def sample() -> float:
-                self._other.sum()
-                return self._microseconds(graph.replay) / count
-
-            return sample
-
-        overlapping = captured(serial=False)
-        assert overlapping is not None
-        return Samplers(overlapping, captured(serial=True))
+        return sample
 
     def copy_gbps(self) -> float:
         """Of an eager copy: a captured one of this size becomes a copy node, which is slower."""

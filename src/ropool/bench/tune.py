@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -99,10 +100,10 @@ class Tuner:
         def call(arguments: Any) -> None:
             op(**arguments, backend=self.backend)
 
-        if choice is None:
-            return self._timer.prepare(call, sets)  # type: ignore[arg-type]
-        with tuning.trying(choice):
-            return self._timer.prepare(call, sets)  # type: ignore[arg-type]
+        with tuning.trying(choice) if choice is not None else nullcontext():
+            sample = self._timer.sampler(call, sets)
+        assert sample is not None
+        return sample
 
     def _time(self, op: Any, sets: list[dict[str, Any]], choice: Choice) -> float:
         sample = self._sample(op, sets, choice)
