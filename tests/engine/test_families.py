@@ -238,11 +238,16 @@ def test_a_request_is_computed_anew_once_when_its_rotation_changes() -> None:
 
 
 @pytest.mark.parametrize(
-    "option, value", [("attn_logit_softcapping", 50.0), ("use_bidirectional_attention", True)]
+    "name, option, value",
+    [
+        ("gemma3", "attn_logit_softcapping", 50.0),
+        ("gemma3", "use_bidirectional_attention", True),
+        ("gemma3-beside-vision", "final_logit_softcapping", 30.0),
+    ],
 )
-def test_what_the_attention_cannot_do_is_refused(option: str, value: object) -> None:
+def test_what_cannot_be_expressed_is_refused(name: str, option: str, value: object) -> None:
     with pytest.raises(RopoolError, match=f"{option} is {value}; allowed: "):
-        PooledModel(tiny.build("gemma3", **{option: value}))
+        PooledModel(tiny.build(name, **{option: value}))
 
 
 def test_a_family_that_is_not_covered_is_named() -> None:

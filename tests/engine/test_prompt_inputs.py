@@ -148,6 +148,7 @@ def test_positions_end_with_the_context() -> None:
             "2 on; free are tokens 3 to 3",
         ),
         ("llama", PromptInputs(None, {-1: torch.zeros(1, 64)}), "-1 on; free are tokens 0 to 3"),
+        ("gemma3-beside-vision", PromptInputs(None, {1: torch.zeros(2, 64)}), "without them only"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(name: str, inputs: PromptInputs, message: str) -> None:

@@ -36,7 +36,8 @@ NOISE = 1e-3
 
 # Where a family has no model of its own name in the table, or one that does more.
 NAMES = {"mistral": "mistral-window", "qwen2": "qwen2-some-windows", "phi3": "phi3-longrope"}
-CHANGES = {"gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]}}
+_TWO_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
+CHANGES = {"gemma3": _TWO_KINDS, "gemma3_text": _TWO_KINDS}
 
 
 @dataclass(frozen=True)

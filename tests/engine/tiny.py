@@ -28,19 +28,38 @@ _COMMON = {
     "tie_word_embeddings": False,
 }
 
-_VISION = {
-    "vision_config": {
-        "depth": 1,
-        "embed_dim": 32,
-        "hidden_size": 64,
-        "num_heads": 2,
-        "patch_size": 4,
-        "temporal_patch_size": 1,
+# Of the families whose language model stands beside a vision model.
+_VISION: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {
+        "vision_config": {
+            "depth": 1,
+            "embed_dim": 32,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "patch_size": 4,
+            "temporal_patch_size": 1,
+        },
+        "image_token_id": VOCAB - 1,
+        "video_token_id": VOCAB - 2,
+        "vision_start_token_id": VOCAB - 3,
+        "vision_end_token_id": VOCAB - 4,
     },
-    "image_token_id": VOCAB - 1,
-    "video_token_id": VOCAB - 2,
-    "vision_start_token_id": VOCAB - 3,
-    "vision_end_token_id": VOCAB - 4,
+    "gemma3": {
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        "mm_tokens_per_image": 4,
+        "image_token_index": VOCAB - 1,
+        "boi_token_index": VOCAB - 2,
+        "eoi_token_index": VOCAB - 3,
+        "tie_word_embeddings": False,
+    },
 }
 
 LLAMA3_ROPE = {
@@ -189,6 +208,12 @@ MODELS: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
         },
     },
+    "gemma3-beside-vision": {
+        "model_type": "gemma3",
+        "head_dim": 16,
+        "sliding_window": 21,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "gemma3-capped": {
         "model_type": "gemma3_text",
         "head_dim": 16,
@@ -215,10 +240,11 @@ def build(name: str, **changes: Any) -> Any:
     call."""
     settings = {**_COMMON, **MODELS[name], **changes}
     auto_class = AutoModelForCausalLM
-    if settings["model_type"] == "qwen2_vl":
+    family = settings["model_type"]
+    if family in _VISION:
         auto_class = AutoModelForImageTextToText
         text = {key: value for key, value in settings.items() if key != "model_type"}
-        settings = {"model_type": "qwen2_vl", "text_config": text, **_VISION}
+        settings = {"model_type": family, "text_config": text, **_VISION[family]}
     config = AutoConfig.for_model(**settings)
     model = auto_class.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(SEEDS.get(name, 7))

@@ -38,6 +38,8 @@ class PromptInputs:
         """Raise `RopoolError` when this does not fit a prompt of so many tokens, or the model."""
         if self.positions is not None:
             self._check_positions(self.positions, tokens, spec)
+        if self.embeddings and not spec.takes_embeddings:
+            raise RopoolError("the prompt has embeddings; this model is covered without them only")
         end = 0
         for first, rows in sorted(self.embeddings.items()):
             if rows.dim() != 2 or rows.shape[1] != spec.hidden_size:

@@ -46,3 +46,6 @@ class ModelSpec:
     """Token ids are below this."""
     dtype: torch.dtype
     device: torch.device
+    takes_embeddings: bool = True
+    """Whether a prompt may bring embeddings of its own. Not where the model shows a token later
+    ones of its image, which attention over the pool does not."""

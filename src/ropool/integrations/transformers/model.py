@@ -49,6 +49,7 @@ class PooledModel:
             rotary_switch=rotations.switch,
             position_streams=rotations.streams,
             hidden_size=weight.shape[1],
+            takes_embeddings=family.takes_embeddings,
             eos_ids=_eos_ids(model),
             vocabulary=weight.shape[0],
             dtype=weight.dtype,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from ropool.errors import RopoolError
 from ropool.integrations.transformers.families.deepseek import DEEPSEEK
 from ropool.integrations.transformers.families.family import Family
-from ropool.integrations.transformers.families.gemma3 import GEMMA3
+from ropool.integrations.transformers.families.gemma3 import GEMMA3, GEMMA3_TEXT
 from ropool.integrations.transformers.families.gpt_neox import GPT_NEOX
 from ropool.integrations.transformers.families.llama import LLAMA, MISTRAL, QWEN2_VL
 from ropool.integrations.transformers.families.phi3 import PHI3
@@ -17,7 +17,8 @@ from ropool.integrations.transformers.families.phi3 import PHI3
 FAMILIES: dict[str, Family] = {
     "deepseek_v2": DEEPSEEK,
     "deepseek_v3": DEEPSEEK,
-    "gemma3_text": GEMMA3,
+    "gemma3": GEMMA3,
+    "gemma3_text": GEMMA3_TEXT,
     "gpt_oss": LLAMA,
     "glm": LLAMA,
     "gpt_neox": GPT_NEOX,

@@ -48,3 +48,5 @@ class Family:
     """Where the decoder has its last norm."""
     head: Callable[[Any], Callable[[Tensor], Tensor]] = lambda model: model.get_output_embeddings()
     """What makes logits `[N, vocab]` of normalised rows `[N, hidden]`."""
+    takes_embeddings: bool = True
+    """See `ModelSpec`."""
