@@ -72,7 +72,7 @@ $(STAMPS)/metal: $(STAMPS)/test $(METAL_INPUTS)
 		|| echo "==> ropool-metal was not built; its tests will be skipped" >&2
 	@touch $@
 
-.PHONY: demo test dev lint format typecheck docs pytest bench verify-xpu clean help
+.PHONY: demo test dev lint format typecheck docs pytest bench verify-gpu verify-xpu clean help
 
 demo: $(STAMPS)/demo ## generate text with real weights
 	@$(BIN)/ropool generate "$(PROMPT)"
@@ -105,6 +105,16 @@ pytest: $(STAMPS)/metal ## the tests alone; ARGS="-k name" narrows them
 bench: $(STAMPS)/test ## time every op on this machine, into benchmarks/results; ARGS narrow it
 	@$(BIN)/ropool bench --device cpu --out $(BENCH_OUT) $(ARGS)
 	@$(BIN)/ropool bench --overhead --out $(BENCH_OUT)
+
+verify-gpu: ## the Triton kernels on this GPU, with the torch of PYTHON, against float64
+	@$(PYTHON) -c 'import sys, torch; \
+		sys.exit(not (torch.cuda.is_available() or torch.xpu.is_available()))' \
+		|| { echo "the torch of $(PYTHON) sees no GPU" >&2; exit 1; }
+	@echo "==> ropool doctor"
+	@PYTHONPATH=src $(PYTHON) -c 'from ropool.cli.main import main; main(["doctor"])'
+	@echo "==> pytest"
+	@PYTHONPATH=src:tests ROPOOL_REQUIRE_BACKENDS=triton $(PYTHON) -m pytest -n 8 -k triton \
+		tests/ops tests/triton_backend/test_gpu.py $(ARGS)
 
 # triton-xpu and triton are two packages with one module: the new environment puts its own before
 # what it takes from .venv.

@@ -24,6 +24,18 @@ class Backend:
         return reason
 
 
+def required_backends() -> set[str]:
+    """`ROPOOL_REQUIRE_BACKENDS=cpu`: there, a backend that is missing is a failure, not a skip."""
+    return {name for name in os.environ.get("ROPOOL_REQUIRE_BACKENDS", "").split(",") if name}
+
+
+def gpu() -> str | None:
+    """PyTorch's word for the GPU of this machine: `cuda` for NVIDIA and AMD, `xpu` for Intel."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "xpu" if torch.xpu.is_available() else None
+
+
 BACKENDS = [
     Backend("reference", "cpu"),
     Backend("cpu", "cpu"),
@@ -31,13 +43,11 @@ BACKENDS = [
 if os.environ.get("TRITON_INTERPRET") == "1":
     # Many times slower than the others, so the whole suite runs only where that was asked for.
     BACKENDS.append(Backend("triton", "cpu"))
-if torch.cuda.is_available():
+elif (GPU := gpu()) is not None and "triton" in required_backends():
+    # Each call compiles for half a second.
+    BACKENDS.append(Backend("triton", GPU))
+if torch.cuda.is_available() and torch.version.hip is None:
     BACKENDS.append(Backend("cuda", "cuda"))
-
-
-def required_backends() -> set[str]:
-    """`ROPOOL_REQUIRE_BACKENDS=cpu`: there, a backend that is missing is a failure, not a skip."""
-    return {name for name in os.environ.get("ROPOOL_REQUIRE_BACKENDS", "").split(",") if name}
 
 
 def require(backend: Backend) -> None:

@@ -142,7 +142,7 @@ compare(args, third, wanted)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_fork_after_use(backend: Backend) -> None:
     """A child has none of the parent's threads: a call must neither hang nor wait for them."""
-    if backend.device == "cuda":
+    if backend.device != "cpu":
         pytest.skip("CUDA cannot be used after a fork")
     path = os.pathsep.join([str(TESTS), *sys.path])
     done = subprocess.run(
