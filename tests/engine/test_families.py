@@ -169,32 +169,6 @@ def test_nan_in_a_free_page_reaches_nobody() -> None:
         assert request.output == tiny.greedy(model, prompt, NEW_TOKENS)[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
-def test_an_fp8_pool_is_the_exact_one_rounded(
-    dtype: torch.dtype, logits_of: dict[Request, list[Tensor]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = PooledModel(tiny.build("llama"))
-    prompts = tiny.prompts(2, longest=60, seed=2)
-    stored = Engine(model, pool_tokens=256, cache_dtype=dtype, max_batch_tokens=64)
-    assert stored.cache.layers[0].k.dtype == dtype
-    requests = stored.generate(prompts, PARAMS)
-
-    op = attention_module.rope_store_kv_
-
-    def store_and_round(*args: Any, **kwargs: Any) -> None:
-        op(*args, **kwargs)
-        for pool in args[3:5]:
-            pool.copy_(pool.to(dtype).float())
-
-    monkeypatch.setattr(attention_module, "rope_store_kv_", store_and_round)
-    rounded = Engine(model, pool_tokens=256, max_batch_tokens=64).generate(prompts, PARAMS)
-    for ours, theirs in zip(requests, rounded, strict=True):
-        assert ours.output == theirs.output
-        torch.testing.assert_close(
-            torch.stack(logits_of[ours]), torch.stack(logits_of[theirs]), **TOLERANCE[torch.float32]
-        )
-
-
 @pytest.mark.parametrize("name", ["phi3-longrope", "phi3-longrope-window", "llama"])
 def test_longrope_is_a_forward_pass_over_every_prefix(
     name: str, logits_of: dict[Request, list[Tensor]]

@@ -105,6 +105,20 @@ def test_an_fp8_pool(kind: str, directory: str, capsys: pytest.CaptureFixture[st
     assert report["pool"]["leaked"] == 0
 
 
+def test_scales_of_an_fp8_pool(
+    directory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", directory, "--kv-cache-dtype", "fp8_e4m3", "--max-new-tokens", "4"]
+    path = str(tmp_path / "scales.json")
+    calibrated = as_json(capsys, "Hello", *options, "--save-kv-cache-scales", path)
+    scales = json.loads(Path(path).read_text())
+    assert scales.keys() == {"k_scale", "v_scale"} and scales["k_scale"][0][0] < 1
+    given = as_json(capsys, "Hello", *options, "--kv-cache-scales", path)
+    assert given["outputs"] == calibrated["outputs"]
+    as_json(capsys, "Hi", *options, "--kv-cache-scales", "one", "--save-kv-cache-scales", path)
+    assert json.loads(Path(path).read_text())["k_scale"] == [1.0, 1.0]
+
+
 def test_16_bit_models(directory: str, capsys: pytest.CaptureFixture[str]) -> None:
     for dtype in ("bfloat16", "float16"):
         options = ["--model", directory, "--dtype", dtype, "--max-new-tokens", "4"]
@@ -131,6 +145,14 @@ MISTAKES = {
     "new tokens": (["Hi", "--max-new-tokens", "0"], "max_new_tokens is 0"),
     "device": (["Hi", "--model", "DIR", "--device", "xpu"], "device xpu is not available"),
     "dtype": (["Hi", "--dtype", "int3"], "int3"),
+    "no scales": (
+        ["Hi", "--model", "DIR", "--kv-cache-dtype", "fp8_e4m3", "--kv-cache-scales", "/no/file"],
+        "/no/file",
+    ),
+    "scales without fp8": (
+        ["Hi", "--model", "DIR", "--kv-cache-scales", "one"],
+        "for a pool of cache_dtype fp8 only",
+    ),
 }
 
 

@@ -17,7 +17,7 @@ from engine.test_generate_cli import as_json
 from engine.tiny_files import write_directory
 from ropool.dispatch import cache as dispatch_cache
 from ropool.dispatch import chosen
-from ropool.engine import Engine, Request, SamplingParams
+from ropool.engine import CacheScales, Engine, Request, SamplingParams
 from ropool.engine.pools import CacheDtype
 from ropool.integrations.transformers import PooledModel
 from ropool.integrations.transformers import mla as mla_module
@@ -82,6 +82,7 @@ def test_nan_in_a_free_page_reaches_nobody() -> None:
         assert request.output == tiny.greedy(model, prompt, NEW_TOKENS)[0]
 
 
+SCALE = 0.1
 WIDE = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 
 
@@ -96,11 +97,17 @@ def test_an_fp8_pool_is_the_exact_one_rounded(
 ) -> None:
     model = PooledModel(tiny.build("deepseek_v3", **changes))
     prompts = tiny.prompts(4, longest=60, seed=2)
+    scales = CacheScales((torch.full((len(model.spec.windows),), SCALE),))
 
     def generate(dtype: CacheDtype | None) -> Sequence[Request]:
         # Preempted and resumed, in chunks.
         engine = Engine(
-            model, pool_tokens=160, cache_dtype=dtype, max_batch_tokens=32, max_requests=4
+            model,
+            pool_tokens=160,
+            cache_dtype=dtype,
+            cache_scales=scales if isinstance(dtype, torch.dtype) else None,
+            max_batch_tokens=32,
+            max_requests=4,
         )
         requests = engine.generate(prompts, PARAMS)
         assert engine.scheduler.preemptions > 0
@@ -125,7 +132,7 @@ def test_an_fp8_pool_is_the_exact_one_rounded(
 def rounded(rows: Tensor, dtype: CacheDtype) -> Tensor:
     """Float32 rows `[T, L + R]` as the format keeps them."""
     if isinstance(dtype, torch.dtype):
-        return rows.to(dtype).float()
+        return (rows / SCALE).to(dtype).float() * SCALE
     latent, rope = rows.split([512, 64], -1)
     tiles = latent.unflatten(-1, (4, 128))
     scale = tiles.abs().amax(-1, keepdim=True) / 448.0

@@ -13,7 +13,7 @@ from huggingface_hub import logging as hub_logging
 from transformers.utils import logging
 
 from ropool.dispatch import cache, chosen
-from ropool.engine import Engine, Request, SamplingParams
+from ropool.engine import CacheScales, Engine, ModelSpec, Request, SamplingParams
 from ropool.engine.cache import KVCache
 from ropool.engine.pools import CacheDtype, pool_dtype, row_bytes
 from ropool.errors import RopoolError
@@ -62,6 +62,16 @@ def add_parser(subparsers: Any) -> None:
         default="auto",
         choices=CACHE_DTYPES,
         help="of the KV pool; default: the model's",
+    )
+    parser.add_argument(
+        "--kv-cache-scales",
+        default="auto",
+        metavar="auto|one|FILE",
+        help="of an fp8 pool; default: those that the model's files have, or else calibrated on "
+        "the prompts",
+    )
+    parser.add_argument(
+        "--save-kv-cache-scales", metavar="FILE", help="write the scales that were used as JSON"
     )
     parser.add_argument(
         "--max-new-tokens",
@@ -122,10 +132,15 @@ def run(args: argparse.Namespace) -> int:
         tokenizer,
         pool_tokens=pool_tokens,
         cache_dtype=cache_dtype,
+        cache_scales=_scales(args.kv_cache_scales, model.spec),
         max_requests=MAX_REQUESTS,
     )
     requests = [engine.add(prompt, params) for prompt in tokens]
     _generate(engine, requests, prompts, show=not args.json)
+    if args.save_kv_cache_scales is not None:
+        if engine.cache.scales is None:
+            raise RopoolError(f"a KV pool of {engine.cache.dtype} has no scales to save")
+        engine.cache.scales.write(Path(args.save_kv_cache_scales), model.spec)
     if args.json:
         print(json.dumps(_report(args.model, device, engine, requests, prompts)))
     else:
@@ -165,6 +180,12 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "float32" if device.type == "cpu" else "bfloat16"
     return DTYPES[name]
+
+
+def _scales(name: str, spec: ModelSpec) -> CacheScales | None:
+    if name == "auto":
+        return None
+    return CacheScales.one(spec) if name == "one" else CacheScales.read(Path(name), spec)
 
 
 def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:

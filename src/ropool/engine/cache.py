@@ -5,7 +5,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from ropool.engine.pools import CacheDtype, LatentCache, LayerCache, Pool, new_pool, pool_dtype
+from ropool.engine.scales import CacheScales
 from ropool.engine.spec import ModelSpec
 from ropool.errors import RopoolError
 from ropool.kvcache import MHAPool, SlotAllocator, WindowMap
@@ -50,7 +53,7 @@ class KVCache:
         self.window_map: WindowMap | None = None
         self._fresh: list[int] = []
 
-        stored = pool_dtype(spec, dtype)
+        self.dtype = stored = pool_dtype(spec, dtype)
 
         def pool(layers: int, pages: int) -> Pool:
             return new_pool(spec, stored, layers=layers, pages=pages, page_size=PAGE_SIZE)
@@ -70,6 +73,7 @@ class KVCache:
                 page_size=PAGE_SIZE,
                 device=spec.device,
             )
+        self.scales: CacheScales | None = None
         self.layers: list[LayerCache] = []
         self.latent_layers: list[LatentCache] = []
         self._add_layers()
@@ -87,6 +91,25 @@ class KVCache:
                 rows = pool.rows(layer), pool.scale(layer)
                 self.latent_layers.append(LatentCache(*rows, slot_map))
             seen[kind] += 1
+
+    def set_scales(self, scales: CacheScales) -> None:
+        """Give an fp8 pool its scales, which are 1 until then.
+
+        They hold for every row, so this is for a cache of which no page was ever handed out. Raises
+        `RopoolError` for scales that do not fit the model.
+        """
+        if self.allocator.peak_used_slots:
+            raise RopoolError("the cache scales cannot change: rows are stored with them already")
+        scales.check(self.spec)
+        stored: list[tuple[Tensor | None, ...]]
+        stored = [(layer.k_scale, layer.v_scale) for layer in self.layers]
+        stored += [(layer.scale,) for layer in self.latent_layers]
+        for layer, targets in enumerate(stored):
+            for target, value in zip(targets, scales.values, strict=True):
+                if target is None:
+                    raise RopoolError("cache scales are for a pool of cache_dtype fp8 only")
+                target.copy_(value[layer])
+        self.scales = scales
 
     @property
     def bytes_per_token(self) -> int:

@@ -11,15 +11,18 @@ from dataclasses import dataclass
 import torch
 
 from ropool.engine.cache import KVCache
+from ropool.engine.calibration import Calibration, Prompt, within_limit
 from ropool.engine.detokenizer import Detokenizer
 from ropool.engine.inputs import PromptInputs
 from ropool.engine.model import CausalModel, Tokenizer
 from ropool.engine.pools import CacheDtype
 from ropool.engine.request import FinishReason, Request, SamplingParams
 from ropool.engine.sampling import sample
+from ropool.engine.scales import CacheScales
 from ropool.engine.scheduler import Scheduler
 from ropool.engine.step import build_step
 from ropool.errors import RopoolError
+from ropool.kvcache.mha import FP8_DTYPES
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,10 @@ class Engine:
     Args:
         model: the model; its pools are allocated here.
         tokenizer: makes text of tokens; without one requests have tokens only.
-        cache_dtype: float8_e4m3fn or float8_e5m2 for an fp8 pool (scale 1), or
-            `MLAFormat.FP8_DS_MLA` for the 656-byte rows of an MLA model with `L = 512` and
-            `R = 64`; the model's dtype by default.
+        cache_dtype: float8_e4m3fn or float8_e5m2 for an fp8 pool, or `MLAFormat.FP8_DS_MLA` for the
+            656-byte rows of an MLA model with `L = 512` and `R = 64`; the model's dtype by default.
+        cache_scales: of an fp8 pool; by default those that the model's files have, or else those
+            that `calibrate` finds with the prompts that wait at the first step.
         max_requests: requests that run at once.
         max_batch_tokens: tokens of one step; longer prompts are computed in chunks.
 
@@ -75,6 +79,7 @@ class Engine:
         *,
         pool_tokens: int,
         cache_dtype: CacheDtype | None = None,
+        cache_scales: CacheScales | None = None,
         max_requests: int = 64,
         max_batch_tokens: int = 512,
     ) -> None:
@@ -92,6 +97,11 @@ class Engine:
             raise RopoolError(
                 f"a pool of {pool_tokens} tokens does not fit the memory of {model.spec.device}"
             ) from error
+        if cache_scales is None and cache_dtype in FP8_DTYPES:
+            cache_scales = model.cache_scales
+        if cache_scales is not None:
+            self.cache.set_scales(cache_scales)
+        self._calibrates = cache_scales is None and cache_dtype in FP8_DTYPES
         self._pending: deque[Event] = deque()
         self.scheduler = Scheduler(
             self.cache, max_requests=max_requests, max_batch_tokens=max_batch_tokens
@@ -142,6 +152,33 @@ class Engine:
         if request.finish_reason is None:
             self._finish(request, FinishReason.ABORT)
 
+    def calibrate(self, prompts: Sequence[Sequence[int]]) -> CacheScales:
+        """Give an fp8 pool the scales that suit the rows of these prompts, and return them.
+
+        The prompts are computed in a small pool in the model's dtype: in order, while they have no
+        more than `CALIBRATION_TOKENS` together, the first in any case. The scales hold until the
+        engine ends, since every row is read with them. Raises `RopoolError` after the first step.
+        """
+        return self._calibrate([(prompt, None) for prompt in prompts])
+
+    def _calibrate(self, prompts: Sequence[Prompt]) -> CacheScales:
+        dtype = self.cache.dtype
+        if not isinstance(dtype, torch.dtype) or dtype not in FP8_DTYPES:
+            raise RopoolError(f"a pool of {dtype} has no scales to calibrate; an fp8 one has")
+        chosen = within_limit(prompts)
+        most = max(len(tokens) for tokens, _ in chosen)
+        probe = Engine(self.model, pool_tokens=most, max_requests=1)
+        calibration = Calibration(probe.cache)
+        for tokens, inputs in chosen:
+            probe.add(tokens, SamplingParams(max_new_tokens=1), inputs)
+            while probe.unfinished:
+                probe.step()
+                calibration.look()
+        scales = calibration.scales(dtype)
+        self.cache.set_scales(scales)
+        self._calibrates = False
+        return scales
+
     @property
     def unfinished(self) -> int:
         """Requests that run or wait."""
@@ -152,6 +189,10 @@ class Engine:
         """Run one forward pass and return the tokens that came of it; none while only prompts are
         computed."""
         started = time.perf_counter()
+        if self._calibrates and self.scheduler.waiting:
+            self._calibrate(
+                [(request.tokens, request.inputs) for request in self.scheduler.waiting]
+            )
         batch = self.scheduler.schedule()
         if not batch:
             return []

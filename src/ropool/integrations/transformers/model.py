@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ropool.engine.scales import CacheScales
 from ropool.engine.spec import ModelSpec
 from ropool.engine.step import Step
 from ropool.integrations.transformers.families import family_of
@@ -26,6 +27,7 @@ class PooledModel:
     """
 
     def __init__(self, model: Any) -> None:
+        self.cache_scales: CacheScales | None = None
         family = family_of(model.config.model_type)
         config = model.config.get_text_config(decoder=True)
         decoder = family.decoder(model)
