@@ -13,7 +13,7 @@ from ropool.rotary.scaling import (
     YarnScaling,
 )
 from ropool.rotary.stacked import StackedRotary
-from ropool.rotary.table import cos_sin_cache
+from ropool.rotary.table import cos_sin_cache, pack_cos_sin
 
 __all__ = [
     "DynamicNTKScaling",
@@ -31,4 +31,5 @@ __all__ = [
     "cos_sin_cache",
     "inv_freq",
     "length_range",
+    "pack_cos_sin",
 ]

@@ -44,3 +44,40 @@ def cos_sin_cache(
         rows[:, :half] = angles.cos().mul_(factor)
         rows[:, half:] = angles.sin_().mul_(factor)
     return table.to(device)
+
+
+def pack_cos_sin(cos: Tensor, sin: Tensor, rotary_dim: int, *, interleaved: bool = False) -> Tensor:
+    """Allocate and return the `[max_position, R]` table of a model that keeps cosines and sines
+    apart, `R` being `rotary_dim`.
+
+    `cos` and `sin` are both `[max_position, R/2]` (half width), or both `[max_position, R]` (full
+    width), which holds every frequency at both dims of its pair: `i` and `i + R/2`, or with
+    `interleaved` `2i` and `2i + 1`. A packed table of full width is split with `chunk(2, dim=1)`
+    first. The result has the dtype and device of `cos`.
+
+    Reads the values, so this is for loading a model. Raises `ValueError` for other shapes, for two
+    dtypes, and for dims of a pair that differ.
+    """
+    if cos.dtype != sin.dtype or cos.shape != sin.shape or cos.dim() != 2:
+        raise ValueError(
+            f"ropool.rotary: cos is {cos.dtype} {list(cos.shape)}, sin is {sin.dtype} "
+            f"{list(sin.shape)}; allowed: two dimensions, both tensors alike"
+        )
+    half, width = rotary_dim // 2, cos.shape[1]
+    if rotary_dim % 2 or width not in (half, rotary_dim):
+        raise ValueError(
+            f"ropool.rotary: cos has {width} columns and rotary_dim is {rotary_dim}; "
+            "allowed: rotary_dim / 2 or rotary_dim columns, rotary_dim even"
+        )
+    if width == half:
+        return torch.cat((cos, sin), dim=1)
+    halves = []
+    for name, whole in (("cos", cos), ("sin", sin)):
+        pairs = (whole[:, ::2], whole[:, 1::2]) if interleaved else whole.split(half, dim=1)
+        if not torch.equal(*pairs):
+            raise ValueError(
+                f"ropool.rotary: {name} has different values at the two dims of a pair; allowed: "
+                f"equal ones (interleaved is {interleaved})"
+            )
+        halves.append(pairs[0])
+    return torch.cat(halves, dim=1)
