@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ropool.bench.measure import Row
 
-COLUMNS = tuple(field.name for field in fields(Row))
 BASELINES = {"torch.eager": "x eager", "torch.compiled": "x compiled"}
 
 
@@ -44,13 +43,17 @@ def ratio(baseline: float | None, time: float) -> str:
 
 def write(rows: Sequence[Row], machine: dict[str, Any], folder: Path) -> None:
     """`results.json`, `results.csv` and `machine.json` in `folder`."""
-    records = [asdict(row) for row in rows]
-    (folder / "results.json").write_text(json.dumps(records, indent=1) + "\n")
     (folder / "machine.json").write_text(json.dumps(machine, indent=1) + "\n")
-    with (folder / "results.csv").open("w", newline="") as file:
+    write_records([asdict(row) for row in rows], folder / "results")
+
+
+def write_records(records: Sequence[dict[str, Any]], stem: Path) -> None:
+    """`stem.json` and `stem.csv`; all records have the same fields."""
+    stem.with_suffix(".json").write_text(json.dumps(records, indent=1) + "\n")
+    with stem.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([cell(record[name]) for name in COLUMNS] for record in records)
+        writer.writerow(records[0])
+        writer.writerows(map(cell, record.values()) for record in records)
 
 
 def cell(value: object) -> object:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 import ropool
+from ropool.bench.decode_models import MODELS
 from ropool.bench.measure import Row, measure
 from ropool.bench.overhead import overhead
 from ropool.bench.provider import Provider
 from ropool.bench.providers import choose, providers
-from ropool.bench.report import table, write
+from ropool.bench.report import table, write, write_records
 from ropool.bench.suites import SUITES, named, takes_part
 from ropool.bench.summary import read, summary
 from ropool.bench.timing import streaming_copy_gbps
@@ -76,6 +77,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     add("--out", type=Path, metavar="DIR", help="write results.json, results.csv and plots here")
     add(
+        "--decode",
+        metavar="MODELS",
+        help="measure instead a decode step of whole models with random weights, on a GPU, with "
+        f"the op and with other kernels in its place: {', '.join(MODELS)}, or all",
+    )
+    add(
         "--summary",
         type=Path,
         metavar="DIR",
@@ -106,6 +113,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.rounds < 1:
         raise RopoolError(f"bench: --rounds is {args.rounds}; at least 1 is needed")
+    if args.decode is not None:
+        return decode(args)
     wanted = asked_for(args)
     device = device_named(args.device)
     chosen = choose(listed(args.providers)) or usable(device)
@@ -156,6 +165,27 @@ def asked_for(args: argparse.Namespace) -> Sequence[Workload]:
         for workload in named(args.suite)
         if (not args.op or workload.op in args.op) and (not tokens or workload.tokens in tokens)
     ]
+
+
+def decode(args: argparse.Namespace) -> int:
+    """Measure decode steps, print each, and write them to `decode.csv` and `decode.json`."""
+    names = list(MODELS) if args.decode == "all" else listed(args.decode)
+    for name in names:
+        if name not in MODELS:
+            raise RopoolError(f"bench: model {name!r} is unknown; known: {', '.join(MODELS)}, all")
+    device = device_named(args.device)
+    if device.type != "cuda":
+        raise RopoolError("bench: --decode needs a CUDA device")
+    from ropool.bench.decode import decode_steps  # needs transformers
+
+    found = []
+    for row in decode_steps(names, device, args.rounds):
+        print(row.line(), flush=True)
+        found.append(asdict(row))
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_records(found, args.out / "decode")
+    return 0
 
 
 def warned_load() -> float | None:
