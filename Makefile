@@ -20,6 +20,9 @@ XPU_PACKAGES := triton-xpu==3.3.0b1 intel-sycl-rt==2025.0.4 intel-opencl-rt==202
 	intel-cmplr-lib-rt==2026.2.0 tbb==2023.2.0
 # Level Zero's headers and loader; a folder with include/ and lib/ of one's own may be named.
 ZE_PATH ?= $(CURDIR)/$(XPU)/ze/usr
+BENCH_GPU_OUT ?= benchmarks/results/nvidia-$(shell nvidia-smi --query-gpu=name --format=csv,noheader \
+	2>/dev/null | head -n 1 | sed 's/^NVIDIA *//' | tr -cs '[:alnum:]\n' - | tr '[:upper:]' '[:lower:]')
+MAIN := 'import sys; from ropool.cli.main import main; sys.exit(main())'
 PROMPT ?= What is the capital of France?
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -72,7 +75,7 @@ $(STAMPS)/metal: $(STAMPS)/test $(METAL_INPUTS)
 		|| echo "==> ropool-metal was not built; its tests will be skipped" >&2
 	@touch $@
 
-.PHONY: demo test dev lint format typecheck docs pytest bench verify-gpu verify-xpu clean help
+.PHONY: demo test dev lint format typecheck docs pytest bench bench-gpu verify-gpu verify-xpu clean help
 
 demo: $(STAMPS)/demo ## generate text with real weights
 	@$(BIN)/ropool generate "$(PROMPT)"
@@ -115,6 +118,13 @@ verify-gpu: ## the Triton kernels on this GPU, with the torch of PYTHON, against
 	@echo "==> pytest"
 	@PYTHONPATH=src:tests ROPOOL_REQUIRE_BACKENDS=triton $(PYTHON) -m pytest -n 8 -k triton \
 		tests/ops tests/triton_backend/test_gpu.py $(ARGS)
+
+# With the torch of PYTHON, as verify-gpu.
+bench-gpu: ## time every op on this GPU, beside the peers in .peers (benchmarks/peers.py)
+	@PYTHONPATH=src:.peers $(PYTHON) -c $(MAIN) bench --device cuda --suite gpu \
+		--out $(BENCH_GPU_OUT) $(ARGS)
+	@PYTHONPATH=src:.peers $(PYTHON) -c $(MAIN) bench --device cuda --decode all \
+		--out $(BENCH_GPU_OUT)
 
 # triton-xpu and triton are two packages with one module: the new environment puts its own before
 # what it takes from .venv.

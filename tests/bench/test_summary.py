@@ -61,6 +61,17 @@ def test_the_summary_says_what_is_met_and_what_is_not() -> None:
     assert "1.02 of the fastest peer | 1 of 2 points | `store_mla_`" in text
 
 
+def test_calls_without_overlap_are_judged_apart() -> None:
+    slower = [
+        replace(row, serial_us=30.0) if row.provider == "ropool.cuda" else row for row in ROWS
+    ]
+    [points] = cases(slower, serial=True).values()
+    assert [point.ours for point in points] == [30.0, 30.0]
+    assert [point.peer("sglang") for point in points] == [2.0, 9.0]
+    chained, apart = "\n".join(summary(slower)).split("# Each call after")
+    assert "1 of 2 points" in chained and "0 of 2 points" in apart
+
+
 def test_a_written_run_reads_back(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write(ROWS, {}, tmp_path)
     assert read(tmp_path / "results.csv") == ROWS

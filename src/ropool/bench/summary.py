@@ -104,8 +104,8 @@ class Point:
         return None if fastest is None else fastest[1]
 
 
-def cases(rows: Iterable[Row]) -> dict[Case, list[Point]]:
-    """The rows by case, tokens rising."""
+def cases(rows: Iterable[Row], serial: bool = False) -> dict[Case, list[Point]]:
+    """The rows by case, tokens rising; `serial`: with the times without overlap."""
     rows = list(rows)
     moved = {(case_of(row), row.tokens): row.min_bytes for row in rows if row.provider == OURS}
     found: dict[Case, dict[int, dict[str, float]]] = {}
@@ -113,7 +113,8 @@ def cases(rows: Iterable[Row]) -> dict[Case, list[Point]]:
         times = found.setdefault(case_of(row), {}).setdefault(row.tokens, {})
         if row.p50_us is not None and row.correct:
             bytes = moved.get((case_of(row), row.tokens), row.min_bytes)
-            times[row.provider] = row.p50_us * bytes / row.min_bytes
+            taken = row.serial_us if serial and row.serial_us is not None else row.p50_us
+            times[row.provider] = taken * bytes / row.min_bytes
     return {
         case: [Point(tokens, times) for tokens, times in sorted(points.items())]
         for case, points in found.items()
@@ -135,9 +136,17 @@ def geometric_mean(values: Sequence[float]) -> float | None:
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """Markdown: a line a case, the targets, and the points that miss them."""
-    by_case = cases(rows)
-    return [*case_table(by_case), "", *target_table(by_case), "", *misses(by_case)]
+    """Markdown: a line a case, the targets, and the points that miss them; then cases and points
+    without overlap of neighbouring calls."""
+    by_case, serial = cases(rows), cases(rows, serial=True)
+    return [
+        "# In a chain of itself",
+        "",
+        *(*case_table(by_case), "", *target_table(by_case), "", *misses(by_case), ""),
+        "# Each call after the one before has ended",
+        "",
+        *(*case_table(serial), "", *misses(serial)),
+    ]
 
 
 def case_table(by_case: dict[Case, list[Point]]) -> list[str]:

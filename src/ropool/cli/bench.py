@@ -119,7 +119,9 @@ def run(args: argparse.Namespace) -> int:
     device = device_named(args.device)
     chosen = choose(listed(args.providers)) or usable(device)
     if args.out is not None:
-        from ropool.bench.plots import draw  # before the measuring, should it not be installed
+        # Before the measuring, should it not be installed.
+        from ropool.bench.plots import draw
+        from ropool.bench.ratio_plot import draw_ratios
 
         args.out.mkdir(parents=True, exist_ok=True)
     load = warned_load()
@@ -137,7 +139,10 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         described = machine(device, load)
         write(rows, described, args.out)
-        pictures = draw(rows, args.out, described["accelerator"] or described["cpu"])
+        title = described["accelerator"] or described["cpu"]
+        pictures = draw(rows, args.out, title) + draw_ratios(rows, args.out, title)
+        if args.suite is not None:
+            (args.out / "summary.md").write_text("\n".join(summary(rows)) + "\n")
         names = ["results.json", "results.csv", "machine.json", *[path.name for path in pictures]]
         print(f"wrote {', '.join(names)} to {args.out}")
     return WRONG_RESULT if any(row.correct is False for row in rows) else 0
