@@ -16,7 +16,7 @@ LEVELS = (
     {"backends"},
     {"dispatch"},
     {"ops", "rotary", "kvcache"},
-    {"integrations", "engine", "bench", "cli"},
+    {"integrations", "engine", "mlx", "bench", "cli"},
 )
 """The parts from the lowest to the highest; a part imports itself and what stands lower, and those
 of the top level each other."""

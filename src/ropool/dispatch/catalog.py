@@ -14,6 +14,21 @@ def register_all() -> None:
     register_backend(BackendSpec("reference", "ropool.backends.reference:available"))
     register_backend(BackendSpec("triton", "ropool.backends.triton:available"))
     register_backend(BackendSpec("cuda", "ropool.backends.cuda:available"))
+    register_backend(BackendSpec("metal", "ropool.backends.metal:available"))
+    register_backend(BackendSpec("mlx", "ropool.backends.mlx:available"))
+    for backend, priority in (("metal", 100), ("mlx", 0)):
+        for op in ("rope_store_kv_", "store_kv_"):
+            register(
+                KernelSpec(
+                    op=op,
+                    name=op.rstrip("_"),
+                    backend=backend,
+                    target=f"ropool.backends.{backend}.launch:{op}",
+                    devices=("mlx",),
+                    supports=f"ropool.backends.{backend}:supports",
+                    priority=priority,
+                )
+            )
     for op in OPS:
         register(
             KernelSpec(

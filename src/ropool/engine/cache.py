@@ -53,20 +53,16 @@ class KVCache:
         self.window_map: WindowMap | None = None
         self._fresh: list[int] = []
 
-        self.dtype = stored = pool_dtype(spec, dtype)
-
-        def pool(layers: int, pages: int) -> Pool:
-            return new_pool(spec, stored, layers=layers, pages=pages, page_size=PAGE_SIZE)
-
+        self.dtype = pool_dtype(spec, dtype)
         windowed = sum(window is not None for window in spec.windows)
         self.pools: dict[bool, Pool] = {}
         if windowed < len(spec.windows):
-            self.pools[False] = pool(len(spec.windows) - windowed, pages)
+            self.pools[False] = self._new_pool(len(spec.windows) - windowed, pages)
         if self.window is not None:
             # A window touches one page more than it fills, and so does the chunk after it.
             window_pages = max_requests * (self.allocator.pages_for(self.window) + 2)
             window_pages = min(pages, window_pages + self.allocator.pages_for(max_batch_tokens))
-            self.pools[True] = pool(windowed, window_pages)
+            self.pools[True] = self._new_pool(windowed, window_pages)
             self.window_map = WindowMap(
                 full_pages=pages,
                 window_pages=window_pages,
@@ -77,6 +73,9 @@ class KVCache:
         self.layers: list[LayerCache] = []
         self.latent_layers: list[LatentCache] = []
         self._add_layers()
+
+    def _new_pool(self, layers: int, pages: int) -> Pool:
+        return new_pool(self.spec, self.dtype, layers=layers, pages=pages, page_size=PAGE_SIZE)
 
     def _add_layers(self) -> None:
         seen = {False: 0, True: 0}

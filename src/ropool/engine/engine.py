@@ -7,8 +7,10 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ropool.engine.cache import KVCache
 from ropool.engine.calibration import Calibration, Prompt, within_limit
@@ -20,7 +22,8 @@ from ropool.engine.request import FinishReason, Request, SamplingParams
 from ropool.engine.sampling import sample
 from ropool.engine.scales import CacheScales
 from ropool.engine.scheduler import Scheduler
-from ropool.engine.step import build_step
+from ropool.engine.spec import ModelSpec
+from ropool.engine.step import Span, build_step
 from ropool.errors import RopoolError
 from ropool.kvcache.mha import FP8_DTYPES
 
@@ -86,7 +89,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         try:
-            self.cache = KVCache(
+            self.cache = self._new_cache(
                 model.spec,
                 pool_tokens=pool_tokens,
                 max_requests=max_requests,
@@ -184,6 +187,13 @@ class Engine:
         """Requests that run or wait."""
         return len(self.scheduler.running) + len(self.scheduler.waiting)
 
+    def _new_cache(self, spec: ModelSpec, **sizes: Any) -> KVCache:
+        return KVCache(spec, **sizes)
+
+    def _forward(self, spans: Sequence[Span]) -> Tensor:
+        """The logits after the spans that are sampled, in their order."""
+        return self.model.forward(build_step(spans, self.cache))
+
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Run one forward pass and return the tokens that came of it; none while only prompts are
@@ -198,7 +208,7 @@ class Engine:
             return []
         spans = [request.span(count, self.model.spec) for request, count in batch]
         prefill = any(request.remaining > 1 for request, _ in batch)
-        logits = self.model.forward(build_step(spans, self.cache))
+        logits = self._forward(spans)
         requests = [pair[0] for pair, span in zip(batch, spans, strict=True) if span.sample]
         tokens = sample(logits, requests) if requests else []
         for request, count in batch:

@@ -111,34 +111,39 @@ def build_step(spans: Sequence[Span], cache: KVCache) -> Step:
     )
 
 
-def _groups(spans: Sequence[Span], cache: KVCache, windowed: bool) -> list[AttentionGroup]:
-    groups: list[AttentionGroup] = []
-    pending: list[tuple[Span, list[int], int]] = []
-    row = 0
+Member = tuple[Span, list[int], int]
+"""A span, the pages that its attention reads, and the position of their first row."""
 
-    def close() -> None:
-        nonlocal row
-        if pending:
-            groups.append(_group(row, pending, cache, windowed))
-            row = groups[-1].last
-            pending.clear()
 
+def group_spans(spans: Sequence[Span], cache: KVCache, windowed: bool) -> list[list[Member]]:
+    """Neighbours whose attention is one SDPA call: those that decode at a like length; every longer
+    span is alone."""
+    groups: list[list[Member]] = []
     for span in spans:
         pages, base = cache.readable(span.table, span.end, windowed)
+        first = groups[-1][0] if groups else None
         # A request joins while at most half of what is gathered for it is padding.
-        shortest, longest = sorted((len(pages), len(pending[0][1]) if pending else 0))
-        if len(span.tokens) > 1 or 2 * shortest < longest:
-            close()
-        pending.append((span, pages, base))
-        if len(span.tokens) > 1:
-            close()
-    close()
+        joins = (
+            first is not None
+            and len(span.tokens) == len(first[0].tokens) == 1
+            and 2 * min(len(pages), len(first[1])) >= max(len(pages), len(first[1]))
+        )
+        if not joins:
+            groups.append([])
+        groups[-1].append((span, pages, base))
     return groups
 
 
-def _group(
-    row: int, members: Sequence[tuple[Span, list[int], int]], cache: KVCache, windowed: bool
-) -> AttentionGroup:
+def _groups(spans: Sequence[Span], cache: KVCache, windowed: bool) -> list[AttentionGroup]:
+    groups: list[AttentionGroup] = []
+    row = 0
+    for members in group_spans(spans, cache, windowed):
+        groups.append(_group(row, members, cache, windowed))
+        row = groups[-1].last
+    return groups
+
+
+def _group(row: int, members: Sequence[Member], cache: KVCache, windowed: bool) -> AttentionGroup:
     spec = cache.spec
     queries = len(members[0][0].tokens)
     last = row + queries * len(members)

@@ -36,7 +36,7 @@ def load(
     once, `report` is told), or the id of a model on the hub. Raises `RopoolError` when there is no
     such model or it cannot be read.
     """
-    source = _find(name, report)
+    source = find(name, report)
     try:
         config = AutoConfig.from_pretrained(source)
         family = family_of(config.model_type)
@@ -64,7 +64,7 @@ def _is_converted(name: str, source: str | Path) -> bool:
     return isinstance(source, Path) and source != Path(name).expanduser()
 
 
-def _find(name: str, report: Callable[[str], None]) -> str | Path:
+def find(name: str, report: Callable[[str], None]) -> str | Path:
     """The directory of a model, or its id on the hub."""
     path = _alias(name) if name in ALIASES else Path(name).expanduser()
     if path.is_dir():

@@ -1,0 +1,37 @@
+"""The `metal` backend: kernels for MLX in the distribution `ropool-metal`, which runs them on Apple
+GPUs and, in C++, on the CPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ropool.dispatch.key import Key
+    from ropool.dispatch.spec import Device
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def available() -> str | None:
+    """`None` when the kernels can run here, otherwise why not."""
+    try:
+        import ropool_metal  # noqa: F401
+    except ImportError as error:
+        return f"ropool-metal cannot be used ({error}); in a clone: pip install ./metal"
+    return None
+
+
+def supports(key: Key, device: Device) -> str | None:
+    """`None` when the kernels serve `key`, otherwise why not."""
+    if key.dtype not in DTYPES:
+        return f"dtype {key.dtype}: only {', '.join(DTYPES)}"
+    if key.pool_dtype != key.dtype:
+        return f"pool_dtype {key.pool_dtype}: only the dtype of the model"
+    if key.layout not in ("NHD", "slots"):
+        return f"layout {key.layout}: only NHD, slots"
+    if key.v_head_dim != key.head_dim:
+        return f"v_head_dim {key.v_head_dim}: only head_dim ({key.head_dim})"
+    for name in ("q_norm_dtype", "mrope_section", "window_map_dtype", "k_scale", "q_out_dtype"):
+        if getattr(key, name) is not None:
+            return f"{name} {getattr(key, name)}: not covered"
+    return None

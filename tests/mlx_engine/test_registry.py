@@ -1,0 +1,165 @@
+"""The kernel registry: what is built, what is not, and why."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+pytest.importorskip("mlx_lm")
+mx.set_default_device(mx.cpu)
+
+from mlx_engine import tiny  # noqa: E402
+from ropool import dispatch  # noqa: E402
+from ropool.dispatch import Device, NoKernelError, registry, tuning  # noqa: E402
+from ropool.errors import RopoolError  # noqa: E402
+from ropool.mlx import aot, policy  # noqa: E402
+from ropool.mlx.aot import (  # noqa: E402
+    MlxAOTKernelBuildInputs,
+    MlxAOTKernelContext,
+    MlxAOTKernelRegistry,
+    MlxAOTKernelSet,
+    MlxAOTKernelSpec,
+)
+from ropool.mlx.model import MlxModel  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    dispatch.unavailable("metal") is not None, reason="ropool-metal is not installed"
+)
+
+
+@pytest.fixture
+def inputs() -> MlxAOTKernelBuildInputs:
+    return MlxModel(tiny.build("llama"), frozenset()).inputs
+
+
+def test_both_kernels_are_built_and_logged(
+    inputs: MlxAOTKernelBuildInputs, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "ropool.mlx"):
+        built = aot.registry.build_kernel_set(inputs)
+    assert callable(built.rope) and callable(built.kv_store)
+    assert built.labels == {
+        "rope_store_kv_": "metal/rope_store_kv",
+        "store_kv_": "metal/store_kv",
+    }
+    assert "rope: metal/rope_store_kv for rope_store_kv_(" in caplog.text
+    assert "kv_store: metal/store_kv for store_kv_(" in caplog.text
+
+
+@pytest.mark.parametrize("setting", ["0", "1", "auto", ""])
+def test_the_setting(
+    setting: str, inputs: MlxAOTKernelBuildInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(policy.VARIABLE, setting)
+    built = aot.registry.build_kernel_set(inputs)
+    assert (built.rope is None) == (setting == "0")
+    assert built.labels["store_kv_"] == ("mlx" if setting == "0" else "metal") + "/store_kv"
+
+
+def test_a_setting_that_is_not_allowed(
+    inputs: MlxAOTKernelBuildInputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(policy.VARIABLE, "yes")
+    with pytest.raises(RopoolError, match="CUSTOM_ROPE is 'yes'; allowed: auto, 1, 0"):
+        aot.registry.build_kernel_set(inputs)
+
+
+def without_extension(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    monkeypatch.setitem(registry._unavailable, "metal", reason)
+    dispatch.cache.clear()
+
+
+def test_a_missing_extension(
+    inputs: MlxAOTKernelBuildInputs,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    without_extension(monkeypatch, "no module named ropool_metal")
+    with caplog.at_level(logging.INFO, "ropool.mlx"):
+        built = aot.registry.build_kernel_set(inputs)
+    assert built.rope is None and built.labels == {"store_kv_": "mlx/store_kv"}
+    assert "rope: disabled, no module named ropool_metal" in caplog.text
+    monkeypatch.setenv(policy.VARIABLE, "1")
+    with pytest.raises(NoKernelError, match="no module named ropool_metal"):
+        aot.registry.build_kernel_set(inputs)
+    dispatch.cache.clear()
+
+
+def test_another_mlx_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ropool.backends import metal
+
+    for name in [name for name in sys.modules if name.startswith("ropool_metal")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(mx, "__version__", "0.99.0")
+    reason = metal.available()
+    assert reason is not None and "is built for mlx" in reason and "0.99.0" in reason
+
+
+def test_a_rotation_that_changes_with_the_length(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny.build("llama", rope_scaling={"type": "dynamic", "factor": 2.0})
+    with caplog.at_level(logging.INFO, "ropool.mlx"):
+        built = MlxModel(model, frozenset()).kernels
+    assert built.rope is None and callable(built.kv_store)
+    assert "DynamicNTKScalingRoPE has no fixed frequencies" in caplog.text
+
+
+def test_unknown_attributes_raise() -> None:
+    with pytest.raises(AttributeError, match="no kernel 'ropes'; registered: rope"):
+        _ = MlxAOTKernelSet({"rope": None}).ropes
+
+
+def test_a_kernel_of_ones_own(inputs: MlxAOTKernelBuildInputs) -> None:
+    own = MlxAOTKernelRegistry()
+    spec = MlxAOTKernelSpec(
+        "twice", "store_kv_", lambda inputs: None, lambda inputs: ("my/twice", lambda x: (2 * x,))
+    )
+    own.register(spec)
+    own.register(spec)
+    assert own.build_kernel_set(inputs).twice(3) == (6,)  # type: ignore[misc]
+    with pytest.raises(ValueError, match="kernel 'twice' is registered already"):
+        own.register(replace(spec, op="rope_store_kv_"))
+
+
+def on(name: str, inputs: MlxAOTKernelBuildInputs, heads_kv: int) -> Any:
+    elsewhere = replace(inputs, device=Device("mlx", name), heads_kv=heads_kv)
+    return aot.registry.build_kernel_set(elsewhere)
+
+
+@pytest.mark.parametrize(
+    "device, heads_kv, tokens, rotates",
+    [
+        ("cpu", 2, 512, True),
+        ("Apple M4 Max", 2, 512, False),
+        ("Apple M4 Max", 2, 255, True),
+        ("Apple M4 Max", 8, 512, True),
+    ],
+)
+def test_shapes_that_lose_keep_the_built_in_path(
+    device: str, heads_kv: int, tokens: int, rotates: bool, inputs: MlxAOTKernelBuildInputs
+) -> None:
+    built = on(device, inputs, heads_kv)
+    assert MlxAOTKernelContext.for_step(built, tokens).rotates == rotates
+
+
+def test_a_users_table_goes_first(
+    inputs: MlxAOTKernelBuildInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROPOOL_TUNING", str(tmp_path))
+    built = on("Apple M4 Max", inputs, 2)
+    assert built.inputs is not None
+    subject = tuning.subject(built.inputs.key("rope_store_kv_"))
+    table = tuning.Table("metal", "Apple M4 Max")
+    table.entries[subject] = {1: {"fused": False}, 512: {"fused": True}}
+    tuning.write(table, tmp_path)
+    assert not MlxAOTKernelContext.for_step(built, 2).rotates
+    assert MlxAOTKernelContext.for_step(built, 400).rotates
+    monkeypatch.setenv(policy.VARIABLE, "1")
+    assert MlxAOTKernelContext.for_step(built, 2).rotates
+    monkeypatch.undo()
+    tuning.forget()
