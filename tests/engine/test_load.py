@@ -53,6 +53,13 @@ def test_a_directory(directory: Path) -> None:
     assert answer(directory) == tiny.greedy(tiny_files.tiny_model(), PROMPT, 12)[0]
 
 
+def test_the_documentation_names_the_families() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "engine.md").read_text()
+    rows = text.partition("## Model families")[2].partition("\n\n#")[0].splitlines()[4:]
+    named = [name for row in rows if row[0:1] == "|" for name in row.split("|")[1].split(", ")]
+    assert sorted(name.strip(" `") for name in named) == sorted(FAMILIES)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_directory_of_each_family(family: str, tmp_path: Path) -> None:
     names = [name for name, changes in tiny.MODELS.items() if changes["model_type"] == family]
