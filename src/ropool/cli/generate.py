@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import logging as hub_logging
@@ -44,6 +45,12 @@ def add_parser(subparsers: Any) -> None:
         default="smollm2",
         metavar="smollm2|DIR|FILE.gguf|HUB_ID",
         help="default: smollm2, SmolLM2-135M-Instruct",
+    )
+    parser.add_argument(
+        "--engine",
+        default="auto",
+        choices=["auto", "torch", "mlx"],
+        help="default: mlx on macOS where mlx-lm is installed, otherwise torch",
     )
     parser.add_argument(
         "--device",
@@ -107,17 +114,12 @@ def run(args: argparse.Namespace) -> int:
     mend."""
     params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     prompts = _prompts(args)
-    device = _device(args.device)
     cache.clear()  # `chosen` is then what this run bound
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model, tokenizer = load(
-        args.model,
-        device=device,
-        dtype=_dtype(args.dtype, device),
-        report=lambda message: print(f"ropool: {message}", file=sys.stderr, flush=True),
-    )
+    opened = _open_mlx(args) if _engine_kind(args.engine) == "mlx" else _open_torch(args)
+    model, tokenizer = opened.model, opened.tokenizer
     tokens = [_encode(tokenizer, prompt, chat=not args.no_chat_template) for prompt in prompts]
     cache_dtype = CACHE_DTYPES[args.kv_cache_dtype]
     if args.pool_tokens is None:
@@ -127,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         pool_tokens = _pool_tokens([len(prompt) for prompt in tokens], params, context, most)
     else:
         pool_tokens = args.pool_tokens
-    engine = Engine(
+    engine = opened.engine(
         model,
         tokenizer,
         pool_tokens=pool_tokens,
@@ -142,10 +144,59 @@ def run(args: argparse.Namespace) -> int:
             raise RopoolError(f"a KV pool of {engine.cache.dtype} has no scales to save")
         engine.cache.scales.write(Path(args.save_kv_cache_scales), model.spec)
     if args.json:
-        print(json.dumps(_report(args.model, device, engine, requests, prompts)))
+        print(json.dumps(_report(args.model, opened.device, engine, requests, prompts)))
     else:
-        _print_table(device, engine)
+        _print_table(opened, engine)
     return 0
+
+
+class Opened(NamedTuple):
+    """A loaded model, and what runs it."""
+
+    model: Any
+    tokenizer: Any
+    engine: type[Engine]
+    device: str
+    device_name: str
+
+
+def _engine_kind(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    present = sys.platform == "darwin" and importlib.util.find_spec("mlx_lm") is not None
+    return "mlx" if present else "torch"
+
+
+def _tell(message: str) -> None:
+    print(f"ropool: {message}", file=sys.stderr, flush=True)
+
+
+def _open_torch(args: argparse.Namespace) -> Opened:
+    device = _device(args.device)
+    dtype = _dtype(args.dtype, device.type)
+    model, tokenizer = load(args.model, device=device, dtype=dtype, report=_tell)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return Opened(model, tokenizer, Engine, device.type, name)
+
+
+def _open_mlx(args: argparse.Namespace) -> Opened:
+    try:
+        from ropool.mlx import command
+    except ModuleNotFoundError as error:
+        raise RopoolError(
+            f"engine mlx needs the package {error.name}, which is not installed: "
+            "pip install 'ropool[engine,mlx]'"
+        ) from error
+    for option in ("kv_cache_dtype", "device"):
+        value = getattr(args, option)
+        allowed = ("auto",) if option == "kv_cache_dtype" else ("auto", "cpu")
+        if value not in allowed:
+            flag = "--" + option.replace("_", "-")
+            raise RopoolError(f"{flag} is {value}; allowed with engine mlx: {', '.join(allowed)}")
+    device = command.use_device(args.device)
+    dtype = str(_dtype(args.dtype, device.kind)).removeprefix("torch.")
+    model, tokenizer = command.open_model(args.model, dtype, _tell)
+    return Opened(model, tokenizer, command.MlxEngine, device.kind, device.name)
 
 
 def _prompts(args: argparse.Namespace) -> list[str]:
@@ -174,11 +225,11 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def _dtype(name: str, device: str) -> torch.dtype:
     """On a CPU float32: without bfloat16 instructions bfloat16 halves the time of one request's
     decoding and takes a multiple of it everywhere else."""
     if name == "auto":
-        name = "float32" if device.type == "cpu" else "bfloat16"
+        name = "float32" if device == "cpu" else "bfloat16"
     return DTYPES[name]
 
 
@@ -222,12 +273,12 @@ def _generate(engine: Engine, requests: list[Request], prompts: list[str], *, sh
 
 
 def _report(
-    model: str, device: torch.device, engine: Engine, requests: list[Request], prompts: list[str]
+    model: str, device: str, engine: Engine, requests: list[Request], prompts: list[str]
 ) -> dict[str, Any]:
     allocator = engine.cache.allocator
     return {
         "model": model,
-        "device": device.type,
+        "device": device,
         "outputs": [
             {
                 "prompt": prompt,
@@ -250,10 +301,9 @@ def _report(
     }
 
 
-def _print_table(device: torch.device, engine: Engine) -> None:
+def _print_table(opened: Opened, engine: Engine) -> None:
     allocator, speed = engine.cache.allocator, engine.throughput
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    rows = [("device", f"{device.type} {name}".strip())]
+    rows = [("device", f"{opened.device} {opened.device_name}".strip())]
     rows += [(f"kernel of {op}", label) for op, label in chosen.items()]
     rows += [
         ("prefill", f"{speed.prefill_tokens_per_s:.1f} tokens/s"),
