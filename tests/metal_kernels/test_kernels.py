@@ -39,7 +39,7 @@ def lib(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 def test_random_calls(lib: ctypes.CDLL, kernel: str, dtype: torch.dtype) -> None:
     rng = random.Random(f"{kernel} {dtype}")
     widths = set()
-    for _ in range(50):
+    for _ in range(80):
         call = random_call(kernel, dtype, rng)
         before = {name: tensor.clone() for name, tensor in call.tensors.items()}
         widths.add(width_of(lib, call))
