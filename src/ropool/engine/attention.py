@@ -67,7 +67,7 @@ def _attention_with_sinks(
     rows: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor, scale: float
 ) -> Tensor:
     """Attention of `rows` `[N * queries, Hq, D]` over `k` and `v` `[N, Hk, keys, D]`, with `sinks`
-    `[Hq]`; SDPA has no such argument. The softmax is computed in float32."""
+    `[Hq]`; SDPA has no such argument. Computed in float32 and rounded once."""
     requests, heads_kv = k.shape[:2]
     queries, heads_q, head_dim = len(rows) // requests, *rows.shape[1:]
     if mask is None:
@@ -83,10 +83,11 @@ def _attention_with_sinks(
     for first in range(0, heads_kv, count):
         heads = slice(first, first + count)
         shape = grouped[:, heads].shape[:-1]
-        scores = grouped[:, heads].flatten(2, 3) @ k[:, heads].transpose(2, 3)
-        scores = torch.add(mask[:, None], scores.view(*shape, -1).float(), alpha=scale)
+        packed = grouped[:, heads].flatten(2, 3).float()
+        scores = (packed @ k[:, heads].float().transpose(2, 3)).view(*shape, -1)
+        scores = torch.add(mask[:, None], scores, alpha=scale)
         weights = torch.cat([scores, sinks[heads].expand(*shape, 1)], -1).softmax(-1)[..., :-1]
-        out[:, heads] = (weights.to(v.dtype).flatten(2, 3) @ v[:, heads]).view(*shape, head_dim)
+        out[:, heads] = (weights.flatten(2, 3) @ v[:, heads].float()).view(*shape, head_dim)
     return out.permute(0, 3, 1, 2, 4).reshape(len(rows), heads_q, head_dim)
 
 
