@@ -3,7 +3,15 @@ pass."""
 
 from ropool.dispatch import NoKernelError
 from ropool.layouts import KVLayout
-from ropool.ops import rope_, rope_store_kv_, rope_store_mla_, store_kv_, store_mla_
+from ropool.ops import (
+    can_use_set_mla_kv_buffer,
+    rope_,
+    rope_store_kv_,
+    rope_store_mla_,
+    set_mla_kv_buffer,
+    store_kv_,
+    store_mla_,
+)
 from ropool.ops._explain import Explanation, explain
 from ropool.ops._plan import Plan, plan
 
@@ -15,11 +23,13 @@ __all__ = [
     "NoKernelError",
     "Plan",
     "__version__",
+    "can_use_set_mla_kv_buffer",
     "explain",
     "plan",
     "rope_",
     "rope_store_kv_",
     "rope_store_mla_",
+    "set_mla_kv_buffer",
     "store_kv_",
     "store_mla_",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import hypothesis.strategies as st
 import pytest
@@ -13,6 +14,10 @@ from ops.calls import FP8, Case, check
 
 OPS = ["rope_", "rope_store_kv_", "store_kv_", "store_mla_", "rope_store_mla_"]
 INDEX = st.sampled_from(["int32", "int64"])
+CASES = int(os.environ.get("ROPOOL_RANDOM_CASES", "120"))
+"""Calls of each op on each backend."""
+PART = 200
+"""Calls of one test, so that many calls can be drawn on many cores."""
 SCALE = st.sampled_from([None, "one", "tensor", "head"])
 
 
@@ -80,8 +85,11 @@ def cases(draw: st.DrawFn, op: str) -> Case:
     )
 
 
+@pytest.mark.parametrize("part", range(math.ceil(CASES / PART)))
 @pytest.mark.parametrize("op", OPS)
-@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=min(CASES, PART), suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
-def test_random_call(data: st.DataObject, op: str, backend: Backend) -> None:
+def test_random_call(data: st.DataObject, op: str, part: int, backend: Backend) -> None:
     check(data.draw(cases(op)), backend)

@@ -25,7 +25,7 @@ from ropool.ops._call import described
 ROTATE_BYTES = 400 << 20
 MOST_SETS = 160
 LEAST_SETS = 4
-SAMPLES, FINAL_SAMPLES = 5, 15
+SAMPLES, FINAL_SAMPLES = 3, 11
 FINALISTS = 4
 NO_GAIN = 0.995
 """A layout has to be so much faster to be preferred to one that was tried before it."""

@@ -36,7 +36,7 @@ def _by_rules(call: Call, processors: int, rules: dict[str, Any]) -> tuning.Choi
             if threads <= processors * held:
                 return dict(choice)
         short = call.key.head_dim * SIZES[call.formats["Model"]] <= rules.get("short_row_bytes", 0)
-        return {"q_rows": 1 if short else 2}
+        return {"q_rows": 1 if short else 2, "loads": rules.get("loads", "plain")}
     bulk = rules.get("bulk")
     if bulk is not None and call.tokens >= bulk["tokens"] * processors:
         rows = bulk["rows"]

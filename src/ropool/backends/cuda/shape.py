@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ropool.backends.cuda.specialise import SIZES, VECTOR_BYTES, Call
@@ -10,6 +12,7 @@ from ropool.dispatch import tuning
 BULK_BYTES = 48 << 10
 """Shared memory that a block has without asking for more."""
 MOST_THREADS = 1024
+EMPTY: Mapping[str, str] = MappingProxyType({})
 LOADS = ("plain", "drop_first", "line")
 """What L2 does with rows that are read once: nothing special; drop them before others; fetch their
 whole lines of 128 bytes."""
@@ -84,26 +87,29 @@ def row_bytes(call: Call) -> int:
     return elements * SIZES[call.formats["Model"]]
 
 
-def why_not_bulk(call: Call, rows: int = 1) -> str | None:
-    """Why the bulk copy engine cannot move a call's rows, so many a block, or `None`."""
+def why_not_bulk(call: Call, rows: int = 1, names: Mapping[str, str] = EMPTY) -> str | None:
+    """Why the bulk copy engine cannot move a call's rows, so many a block, or `None`. `names` has
+    other names for the parts `k` and `v` of a row."""
     given, scalars, formats = call.integers, call.scalars, call.formats
     if not given.get("STORE") or call.key.rotary_dim or given.get("TILES"):
         return "the rows are not stored as they came"
     if not formats["Model"] == formats["KPool"] == formats["VPool"]:
         return "the pool's format is another"
     size = SIZES[formats["Model"]]
-    parts = {"k": (given["HK"], call.key.head_dim), "v": (given["HV"], given["DV"])}
+    parts = {"v": (given["HV"], given["DV"]), "k": (given["HK"], call.key.head_dim)}
     for part, (heads, dims) in parts.items():
-        prefix = part.upper()
+        prefix, name = part.upper(), names.get(part, part)
         if given[f"{prefix}_GROUP"] or given[f"{prefix}_ROW_GROUP"] > 1:
-            return f"{part}_pool does not keep a row in one piece"
+            return f"the pool does not keep a row of {name} in one piece"
         dense = (scalars[f"{part}_head"], scalars[f"{part}_plane"] // size) == (dims, dims)
         if heads > 1 and not dense:
-            return f"the heads of a row of {part} are apart"
+            return f"the heads of a row of {name} are apart"
         if heads * dims * size % VECTOR_BYTES:
-            return f"a row of {part} is no multiple of {VECTOR_BYTES} bytes"
-        if given[f"{prefix}_POOL_ALIGN"] < VECTOR_BYTES or call.row_align[part] < VECTOR_BYTES:
-            return f"{part} is not aligned to {VECTOR_BYTES} bytes"
+            return f"a row of {name} is no multiple of {VECTOR_BYTES} bytes"
+        if call.row_align[part] < VECTOR_BYTES:
+            return f"not every row of {name} is aligned to {VECTOR_BYTES} bytes"
+        if given[f"{prefix}_POOL_ALIGN"] < VECTOR_BYTES:
+            return f"not every row of {name} in the pool is aligned to {VECTOR_BYTES} bytes"
     if rows * row_bytes(call) > BULK_BYTES - 1024:
         return "rows are too long for shared memory"
     return None

@@ -1,0 +1,121 @@
+"""The tuner finds the fastest layout, on tensors of its own, and what it writes is then used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import ropool
+from ropool.bench import scratch
+from ropool.bench import tune as tuner
+from ropool.bench.scratch import VARIANTS, Subject
+from ropool.cli.main import main
+from ropool.dispatch import OPS, tuning
+from ropool.dispatch.key import Key
+from ropool.errors import RopoolError
+
+CPU = torch.device("cpu")
+MICROSECONDS = {(1, 0): 9.0, (2, 0): 5.0, (3, 0): 7.0, (2, 1): 4.0, (2, 2): 3.99, (3, 1): 6.0}
+
+
+class FakeTimer:
+    """Takes a layout's time from a list; what is in force before counts 10."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.calls = 0
+
+    def sampler(self, call: Callable[[Any], object], sets: Sequence[Any]) -> Callable[[], float]:
+        for arguments in sets:
+            call(arguments)
+        choice = tuning.choice_of("reference", "", KEY, 1)
+        time = 10.0 if choice is None else MICROSECONDS[choice["a"], choice.get("b", 0)]
+        return lambda: time
+
+
+KEY = Key(op="rope_", dtype="bfloat16")
+CANDIDATES = SimpleNamespace(
+    layouts=lambda key, tokens: [{"a": a} for a in (1, 2, 3)],
+    refinements=lambda choice: [
+        {**choice, "b": b} for b in (1, 2) if (choice["a"], b) in MICROSECONDS
+    ],
+)
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("ROPOOL_TUNING", str(tmp_path))
+    monkeypatch.setattr(tuner, "CudaTimer", FakeTimer)
+    monkeypatch.setattr(tuner, "candidates_of", lambda backend: CANDIDATES)
+    monkeypatch.setattr(tuner, "LEAST_SETS", 1)
+    monkeypatch.setattr(tuner, "MOST_SETS", 1)
+    tuning.forget()
+    yield
+    tuning.forget()
+
+
+def test_the_fastest_layout_wins_when_it_is_faster_by_more_than_noise() -> None:
+    subject = scratch.subject("rope_", "4x2x8", "bfloat16", "plain")
+    assert subject is not None
+    _, found = tuner.Tuner("reference", CPU).tune(subject, 3)
+    assert (found.choice, found.best_us, found.before_us) == ({"a": 2, "b": 2}, 3.99, 10.0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("op", OPS)
+def test_every_subject_is_a_call_of_its_op(op: str, variant: str) -> None:
+    heads = "4x512+64" if "mla" in op else "4x2x16"
+    subject = scratch.subject(op, heads, "bfloat16", variant)
+    if subject is None:
+        assert variant != "plain"
+        return
+    arguments = scratch.arguments(subject, 5, CPU)
+    getattr(ropool, op)(**arguments, backend="reference")
+    assert scratch.subject(op, "4x2x16" if "mla" in op else "4x512+64", "bfloat16", variant) is None
+
+
+def test_what_was_found_is_used_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    subject = Subject("rope_", "4x2x8", "bfloat16", "plain")
+    [(_, table)] = tuner.tune("reference", CPU, [subject], [3])
+    tuning.write(table, tmp_path)
+    key = Key(op="rope_", dtype="float16", heads_q=4, heads_kv=2, head_dim=8, rotary_dim=8)
+    assert tuning.choice_of("reference", "Some GPU", key, 100) == {"a": 2, "b": 2}
+    assert table.measured_with["ropool"] == ropool.__version__
+
+
+def test_a_backend_without_layouts_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    with pytest.raises(RopoolError, match="backend cpu has no layouts to choose from"):
+        tuner.candidates_of("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_is_nothing_to_tune(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune"]) == 2
+    assert capsys.readouterr().err == "ropool: tune: PyTorch sees no GPU\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "rope"], "tune: op is 'rope'; known: rope_, "),
+        (["--dtype", "int8"], "tune: dtype is 'int8'; known: bfloat16"),
+        (["--variant", "fast"], "tune: variant is 'fast'; known: plain, norm"),
+        (["--heads", "4x512+64", "--op", "rope_"], "do not go together"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert main(["tune", *arguments]) == 2
+    assert message in capsys.readouterr().err
