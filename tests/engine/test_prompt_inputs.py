@@ -15,7 +15,7 @@ from ropool.engine import Engine, PromptInputs, Request, SamplingParams
 from ropool.engine import engine as engine_module
 from ropool.engine.sampling import sample
 from ropool.errors import RopoolError
-from ropool.integrations.transformers import PooledModel
+from ropool.integrations.transformers import PooledModel, image_inputs
 
 NEW_TOKENS = 20
 PARAMS = SamplingParams(max_new_tokens=NEW_TOKENS)
@@ -55,18 +55,6 @@ def alone(model: Any, prompt: list[int], grids: Any, pixels: Tensor) -> tuple[li
     return result.sequences[0, len(prompt) :].tolist(), torch.cat(result.logits)
 
 
-@torch.inference_mode()
-def inputs_of(model: Any, prompt: list[int], grids: Any, pixels: Tensor) -> PromptInputs | None:
-    """What the vision part of the model and its own rule for positions make of the images."""
-    if not grids:
-        return None
-    ids, grid = torch.tensor([prompt]), torch.tensor(grids)
-    positions, _ = model.model.get_rope_index(ids, (ids == IMAGE).int(), image_grid_thw=grid)
-    features = model.model.get_image_features(pixels, grid).pooler_output
-    firsts = [n for n, token in enumerate(prompt) if token == IMAGE and prompt[n - 1] != IMAGE]
-    return PromptInputs(positions[:, 0], dict(zip(firsts, features, strict=True)))
-
-
 def test_images_and_texts_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[Request, list[Tensor]] = defaultdict(list)
 
@@ -84,13 +72,12 @@ def test_images_and_texts_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         for grids in GRIDS
     ]
     # Chunks that cut images, and a pool that is too small for all.
-    engine = Engine(
-        PooledModel(tiny.copy_of(model)), pool_tokens=160, max_requests=4, max_batch_tokens=11
-    )
-    requests = [
-        engine.add(prompt, PARAMS, inputs_of(model, prompt, grids, pixel))
-        for prompt, grids, pixel in zip(prompts, GRIDS, pixels, strict=True)
-    ]
+    pooled = PooledModel(tiny.copy_of(model))
+    engine = Engine(pooled, pool_tokens=160, max_requests=4, max_batch_tokens=11)
+    requests = []
+    for prompt, grids, pixel in zip(prompts, GRIDS, pixels, strict=True):
+        images = image_inputs(pooled, prompt, pixel, torch.tensor(grids)) if grids else None
+        requests.append(engine.add(prompt, PARAMS, images))
     for _ in engine.stream():
         pass
     assert engine.scheduler.preemptions > 0
@@ -101,6 +88,14 @@ def test_images_and_texts_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert request.output == tokens
         torch.testing.assert_close(torch.stack(seen[request]), logits, rtol=1e-4, atol=1e-3)
     engine.cache.allocator.check_no_leak()
+
+
+def test_images_that_do_not_fit_their_prompt_are_refused() -> None:
+    pixels, grid = torch.zeros(16, 48), torch.tensor([[1, 4, 4]])
+    with pytest.raises(RopoolError, match="has 3 image tokens; the images have 4 features"):
+        image_inputs(PooledModel(tiny.build("qwen2_vl")), [1, *[IMAGE] * 3, 2], pixels, grid)
+    with pytest.raises(RopoolError, match="family 'llama'; allowed: qwen2_vl"):
+        image_inputs(PooledModel(tiny.build("llama")), [1, 2], pixels, grid)
 
 
 def test_embeddings_stand_for_tokens_in_any_family() -> None:

@@ -19,6 +19,7 @@ class PooledModel:
     """Runs a loaded `...ForCausalLM`. Its attention modules are replaced, so the model can no
     longer be called itself.
 
+    `original` is that model, for what stands beside its language model, such as a vision part.
     Embedding, decoder layers, norms and head are the model's own modules; only the loop over the
     layers is done here, since the library's would also compute cos/sin tables and masks that
     nothing reads.
@@ -27,6 +28,7 @@ class PooledModel:
     """
 
     def __init__(self, model: Any) -> None:
+        self.original = model
         self.cache_scales: CacheScales | None = None
         family = family_of(model.config.model_type)
         config = model.config.get_text_config(decoder=True)
