@@ -166,6 +166,34 @@ def test_first_come_first_served(model: PooledModel) -> None:
     assert order == requests
 
 
+def test_a_long_prompt_is_not_passed_by_short_ones(model: PooledModel) -> None:
+    engine = Engine(model, pool_tokens=256, max_requests=8, max_batch_tokens=32)
+    engine.add([1] * 100, SamplingParams(max_new_tokens=20))
+    for _ in range(5):
+        engine.step()
+    long = engine.add([2] * 200, SamplingParams(max_new_tokens=4))
+    short = []
+    # Short ones arrive for ever; each would fit beside the first request, the long one does not.
+    while long.finish_reason is None:
+        short.append(engine.add([3] * 4, SamplingParams(max_new_tokens=1)))
+        engine.step()
+        assert long.computed or not any(request.output for request in short)
+        # 20 tokens of the first request, 200 by 25 or more, and 4.
+        assert len(short) <= 20 + 8 + 4
+
+
+def test_a_long_prompt_does_not_hold_up_those_that_decode(model: PooledModel) -> None:
+    engine = Engine(model, pool_tokens=512, max_requests=4, max_batch_tokens=16)
+    decoding = [engine.add([n] * 5, SamplingParams(max_new_tokens=40)) for n in (1, 2)]
+    engine.step()
+    long = engine.add([3] * 200, SamplingParams(max_new_tokens=1))
+    steps = 0
+    while long.finish_reason is None:
+        assert [event.request for event in engine.step()][:2] == decoding
+        steps += 1
+    assert steps == -(-200 // (16 - 2))
+
+
 def test_throughput_counts_prompts_and_answers(model: PooledModel) -> None:
     engine = Engine(model, pool_tokens=256, max_batch_tokens=16, max_requests=4)
     engine.generate([[1] * 40], SamplingParams(max_new_tokens=10))
