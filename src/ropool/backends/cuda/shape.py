@@ -106,6 +106,8 @@ def why_not_bulk(call: Call, rows: int = 1, names: Mapping[str, str] = EMPTY) ->
             return f"the heads of a row of {name} are apart"
         if heads * dims * size % VECTOR_BYTES:
             return f"a row of {name} is no multiple of {VECTOR_BYTES} bytes"
+    for part in parts:
+        name = names.get(part, part)
         if call.row_align[part] < VECTOR_BYTES:
             return f"not every row of {name} is aligned to {VECTOR_BYTES} bytes"
         if given[f"{prefix}_POOL_ALIGN"] < VECTOR_BYTES:
