@@ -86,7 +86,8 @@ with ThreadPoolExecutor() as pool:
 lib = Path(torch.__file__).parent / "lib"
 check_call([f"{CUDA_HOME}/bin/nvcc", "-shared", "-o", str(HERE / "kernels.so"),
             *[str(unit.with_suffix(".o")) for unit in units], f"-L{lib}", "-ltorch", "-ltorch_cpu",
-            "-ltorch_cuda", "-lc10", "-lc10_cuda"])
+            "-ltorch_cuda", "-lc10", "-lc10_cuda", f"-L{CUDA_HOME}/lib64/stubs", "-lcuda"])
+torch.ops.load_library(str(HERE / "kernels.so"))
 '''
 
 

@@ -12,6 +12,7 @@ TOKENS = (1, 8, 32, 64, 128, 256, 512, 768, 1024, 2048, 4096, 8192, 16384, 32768
 MLA_TOKENS = (*TOKENS, 65536)
 HEADS = ("32x8x128", "64x8x128", "8x1x128", "64x8x64", "40x8x128", "16x16x128", "9x3x64")
 FEW_TOKENS = (1, 32, 512, 4096, 32768)
+COMPILED_TOKENS = (1, 512, 8192)
 COMPILED_HEADS = ("32x8x128", "-x8x128", "128x512+64", "-x512+64")
 
 
@@ -41,7 +42,7 @@ def takes_part(workload: Workload, provider: Provider) -> bool:
     """`torch.compiled` compiles for each shape anew, so it is measured at a few of them; the plain
     PyTorch kernels are no peer on a GPU."""
     if provider.name == "torch.compiled":
-        return workload.tokens in FEW_TOKENS and workload.heads in COMPILED_HEADS
+        return workload.tokens in COMPILED_TOKENS and workload.heads in COMPILED_HEADS
     return provider.name not in ("ropool.reference", "ropool.cpu")
 
 

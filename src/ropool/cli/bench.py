@@ -136,6 +136,8 @@ def run(args: argparse.Namespace) -> int:
     for group in measure(wanted, chosen, device, args.rounds, started, takes):
         print("\n".join(table(group)), flush=True)
         rows += group
+        if args.out is not None:
+            write(rows, {}, args.out)  # what is there if the run is cut short
     if args.out is not None:
         described = machine(device, load)
         write(rows, described, args.out)
