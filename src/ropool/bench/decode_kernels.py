@@ -166,9 +166,10 @@ def nothing(step: Step) -> Function:
     return lambda *tensors, **options: None
 
 
+NOTHING = "none"
 KERNELS = {
     "ropool": Kernels(lambda device: None, None, None),
-    "none": Kernels(lambda device: None, nothing, nothing),
+    NOTHING: Kernels(lambda device: None, nothing, nothing),
     "sglang": Kernels(needs("sglang", "tvm_ffi"), sglang_fused, sglang_mla),
     "sglang.unfused": Kernels(needs("sglang", "tvm_ffi"), sglang_unfused, sglang_mla),
     "vllm.unfused": Kernels(needs("vllm"), vllm_kv, vllm_mla),

@@ -27,7 +27,7 @@ def prepare(w: Workload, x: Inputs) -> None:
     if w.norm:
         cos, sin = x.table.to(x.q.dtype).chunk(2, dim=-1)
         outputs = [
-            torch.empty_like(heads, memory_format=torch.contiguous_format)
+            torch.empty_like(heads, memory_format=torch.contiguous_format).flatten(1)
             for heads in (x.q, x.k, x.v)
         ]
         x.extra["vllm"] = (*outputs, cos.contiguous(), sin.contiguous())
@@ -52,7 +52,7 @@ def build(workload: Workload) -> Call:
             x.k_pool, x.v_pool, dim, w.heads_q, w.heads_kv, w.rotary_dim // 2, NORM_EPS, 0.0,
             stored, None, None,
         )  # fmt: skip
-        return q
+        return q.view(x.q.shape)
 
     def rotate(x: Inputs) -> None:
         table, _ = x.extra["vllm"]
