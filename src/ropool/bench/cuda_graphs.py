@@ -19,7 +19,7 @@ FIRST_GRAPHS = 32
 in all others; with so many alive from the start, none of those that were measured did."""
 WARM_UP_CALLS = 3
 NODES = 256
-CYCLES = 8
+CYCLES = 4
 """A graph calls so often on each set, but no more than `NODES` times: one of a few long calls would
 measure its own start."""
 
@@ -45,20 +45,33 @@ class CudaTimer:
 
     def prepare(self, call: Timed, sets: Sequence[Inputs]) -> Samplers:
         """Capture calls on all sets. A second graph has no overlap, where the first has."""
-        overlapping = self.sampler(call, sets)
-        assert overlapping is not None
-        return Samplers(overlapping, self.sampler(call, sets, serial=True))
+        graph, count = self._calls(call, sets)
+        overlapping = self._sample(graph, count)
+        if not early_edges(graph):
+            return Samplers(overlapping)
+        graph, count = self._calls(call, sets)
+        serialise(graph)
+        return Samplers(overlapping, self._sample(graph, count))
 
-    def sampler(
-        self, call: Callable[[Any], object], sets: Sequence[Any], serial: bool = False
-    ) -> Sample | None:
-        """Capture calls on all sets; `serial`: without overlap, `None` when they have none."""
+    def sampler(self, call: Callable[[Any], object], sets: Sequence[Any]) -> Sample:
+        """Capture calls on all sets."""
+        return self._sample(*self._calls(call, sets))
+
+    def _calls(
+        self, call: Callable[[Any], object], sets: Sequence[Any]
+    ) -> tuple[torch.cuda.CUDAGraph, int]:
+        """A captured graph, and of how many calls."""
         count = len(sets) * max(1, min(CYCLES, NODES // len(sets)))
-        calls = list(islice(cycle(sets), count))
         self._warm_up(lambda: call(sets[0]))
-        graph = self._capture(lambda: [call(inputs) for inputs in calls])
-        if serial and not serialise(graph.raw_cuda_graph()):
-            return None
+
+        def run() -> None:
+            for inputs in islice(cycle(sets), count):
+                call(inputs)
+
+        return self._capture(run), count
+
+    def _sample(self, graph: torch.cuda.CUDAGraph, count: int) -> Sample:
+        """Replays a graph of `count` calls with a cold cache."""
         graph.instantiate()
         graph.replay()
 
@@ -103,31 +116,38 @@ class CudaTimer:
         return 1e3 * start.elapsed_time(end)
 
 
-def serialise(graph: int) -> bool:
-    """Replace the edges of a captured graph that let a kernel start while the one before it drains
-    (programmatic dependent launch) by ordinary ones. False when it has none."""
+Edge = tuple[Any, Any, Any]
+"""From, to, and what the edge means."""
+
+
+def early_edges(graph: torch.cuda.CUDAGraph) -> list[Edge]:
+    """The edges of a captured graph that let a kernel start while the one before it drains
+    (programmatic dependent launch). None without `cuda.bindings`."""
     try:
         from cuda.bindings import driver
     except ImportError:
-        return False
+        return []
+    handle = driver.CUgraph(graph.raw_cuda_graph())
+    *_, count = succeeded(driver.cuGraphGetEdges(handle, 0))
+    sources, targets, data, _ = succeeded(driver.cuGraphGetEdges(handle, count))
+    ordinary = int(driver.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_DEFAULT)
+    edges = zip(sources, targets, data, strict=False)
+    return [(source, target, edge) for source, target, edge in edges if edge.type != ordinary]
 
-    def done(result: tuple[Any, ...]) -> tuple[Any, ...]:
-        status, *values = result
-        if status != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"bench: a call on a CUDA graph failed: {status}")
-        return tuple(values)
 
-    handle = driver.CUgraph(graph)
-    *_, count = done(driver.cuGraphGetEdges(handle, 0))
-    sources, targets, data, count = done(driver.cuGraphGetEdges(handle, count))
-    ordinary = driver.CUgraphDependencyType.CU_GRAPH_DEPENDENCY_TYPE_DEFAULT
-    early = [
-        (source, target, edge)
-        for source, target, edge in zip(sources, targets, data, strict=False)
-        if edge.type != int(ordinary)
-    ]
-    for source, target, edge in early:
-        done(driver.cuGraphRemoveDependencies(handle, [source], [target], [edge], 1))
-        plain = driver.CUgraphEdgeData()
-        done(driver.cuGraphAddDependencies(handle, [source], [target], [plain], 1))
-    return bool(early)
+def serialise(graph: torch.cuda.CUDAGraph) -> None:
+    """Make every kernel of a captured graph wait for the end of the one before it."""
+    from cuda.bindings import driver
+
+    handle, plain = driver.CUgraph(graph.raw_cuda_graph()), driver.CUgraphEdgeData()
+    for source, target, edge in early_edges(graph):
+        succeeded(driver.cuGraphRemoveDependencies(handle, [source], [target], [edge], 1))
+        succeeded(driver.cuGraphAddDependencies(handle, [source], [target], [plain], 1))
+
+
+def succeeded(result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a call of the driver returned beside its status."""
+    status, *values = result
+    if int(status):
+        raise RuntimeError(f"bench: a call on a CUDA graph failed: {status}")
+    return tuple(values)

@@ -13,7 +13,7 @@ MLA_TOKENS = (*TOKENS, 65536)
 HEADS = ("32x8x128", "64x8x128", "8x1x128", "64x8x64", "40x8x128", "16x16x128", "9x3x64")
 FEW_TOKENS = (1, 32, 512, 4096, 32768)
 COMPILED_TOKENS = (1, 512, 8192)
-COMPILED_HEADS = ("32x8x128", "-x8x128", "128x512+64", "-x512+64")
+PYTORCH_HEADS = ("32x8x128", "-x8x128", "128x512+64", "-x512+64")
 
 
 def gpu() -> list[Workload]:
@@ -39,10 +39,11 @@ def gpu() -> list[Workload]:
 
 
 def takes_part(workload: Workload, provider: Provider) -> bool:
-    """`torch.compiled` compiles for each shape anew, so it is measured at a few of them; the plain
-    PyTorch kernels are no peer on a GPU."""
-    if provider.name == "torch.compiled":
-        return workload.tokens in COMPILED_TOKENS and workload.heads in COMPILED_HEADS
+    """Plain PyTorch takes part at one head shape of each op; compiled, for a few numbers of tokens,
+    since it compiles for each anew. Our kernels for other devices do not."""
+    if provider.name.startswith("torch."):
+        few = provider.name != "torch.compiled" or workload.tokens in COMPILED_TOKENS
+        return few and workload.heads in PYTORCH_HEADS
     return provider.name not in ("ropool.reference", "ropool.cpu")
 
 
