@@ -92,6 +92,7 @@ def test_bfloat16_agrees_with_transformers(
         "phi3-longrope",
         "gpt-oss",
         "gemma3",
+        "qwen2_vl",
     ],
 )
 def test_one_op_call_a_layer_and_no_other_rotation(
@@ -115,10 +116,11 @@ def test_one_op_call_a_layer_and_no_other_rotation(
     pooled = PooledModel(model)
     monkeypatch.setattr(attention_module, "rope_store_kv_", count)
     monkeypatch.setattr(module, "apply_rotary_pos_emb", refuse)
-    monkeypatch.setattr(model.base_model.rotary_emb, "forward", refuse)
+    decoder = FAMILIES[model.config.model_type].decoder(model)
+    monkeypatch.setattr(decoder.rotary_emb, "forward", refuse)
     engine = Engine(pooled, pool_tokens=64)
     engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=4))
-    assert calls == 4 * model.config.num_hidden_layers
+    assert calls == 4 * len(decoder.layers)
 
 
 def test_a_window_pool_holds_windows_only() -> None:
