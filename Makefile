@@ -23,6 +23,7 @@ ZE_PATH ?= $(CURDIR)/$(XPU)/ze/usr
 BENCH_GPU_OUT ?= benchmarks/results/nvidia-$(shell nvidia-smi --query-gpu=name --format=csv,noheader \
 	2>/dev/null | head -n 1 | sed 's/^NVIDIA *//' | tr -cs '[:alnum:]\n' - | tr '[:upper:]' '[:lower:]')
 MAIN := 'import sys; from ropool.cli.main import main; sys.exit(main())'
+comma := ,
 PROMPT ?= What is the capital of France?
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -67,18 +68,29 @@ $(STAMPS)/test: $(STAMPS)/torch $(BUILD_INPUTS)
 
 # Links the kernels that the build of ropool left, so that they are not compiled twice. Where it cannot
 # be built its tests are skipped, or fail if ROPOOL_REQUIRE_BACKENDS names metal.
+METAL_INSTALL = core=$$(find "$(CURDIR)/build" -name libropool_cpu_core.a -print -quit); \
+	$(PIP) --quiet --no-build-isolation --no-deps --force-reinstall \
+	$${core:+-C cmake.define.ROPOOL_CPU_CORE=$$core} ./metal \
+	|| echo "==> ropool-metal was not built; MLX's own operations stand in for it" >&2
+
 $(STAMPS)/metal: $(STAMPS)/test $(METAL_INPUTS)
 	@echo "==> ropool-metal: the MLX extension"
-	@core=$$(find "$(CURDIR)/build" -name libropool_cpu_core.a -print -quit); \
-		$(PIP) --quiet --no-build-isolation --no-deps --force-reinstall \
-		$${core:+-C cmake.define.ROPOOL_CPU_CORE=$$core} ./metal \
-		|| echo "==> ropool-metal was not built; its tests will be skipped" >&2
+	@$(METAL_INSTALL)
 	@touch $@
 
-.PHONY: demo test dev lint format typecheck docs pytest bench bench-gpu verify-gpu verify-xpu clean help
+# What runs an mlx-lm model; without the extension MLX's own operations rotate.
+$(STAMPS)/demo-mlx: $(STAMPS)/demo $(METAL_INPUTS)
+	$(call install,MLX$(comma) mlx-lm and the extension ropool-metal,\
+		$(PIP) $(EDITABLE) '.[engine$(comma)mlx]' && { $(METAL_INSTALL); })
+	@touch $@
+
+.PHONY: demo demo-mlx test dev lint format typecheck docs pytest bench bench-gpu verify-gpu verify-xpu verify-mac clean help
 
 demo: $(STAMPS)/demo ## generate text with real weights
 	@$(BIN)/ropool generate "$(PROMPT)"
+
+demo-mlx: $(STAMPS)/demo-mlx ## the same with the MLX engine: Apple GPUs, or MLX's CPU build
+	@$(BIN)/ropool generate --engine mlx "$(PROMPT)"
 
 test: lint typecheck docs pytest ## every check, the tests last
 
@@ -147,6 +159,13 @@ verify-xpu: $(STAMPS)/xpu $(ZE_PATH)/include/level_zero/ze_api.h ## the Triton k
 		LIBRARY_PATH=$$(dirname $$(find $(ZE_PATH)/ -name libze_loader.so | head -n 1)) \
 		LD_LIBRARY_PATH=$$(dirname $$(find $(ZE_PATH)/ -name libze_loader.so | head -n 1)):$(CURDIR)/$(XPU)/lib \
 		../$(XPU)/bin/python -m triton_backend.spirv $(ARGS)
+
+verify-mac: $(STAMPS)/metal ## on a Mac: the MLX kernels on its GPU, against float64
+	@echo "==> every form of the kernels"
+	@cd tests && ../$(BIN)/python -m mlx_extension.verify gpu
+	@echo "==> pytest"
+	@ROPOOL_MLX_DEVICE=gpu ROPOOL_REQUIRE_BACKENDS=metal $(BIN)/python -m pytest \
+		tests/metal_kernels tests/mlx_extension tests/mlx_engine $(ARGS)
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) $(XPU) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis

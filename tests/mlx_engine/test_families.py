@@ -11,7 +11,9 @@ import torch
 
 mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
-mx.set_default_device(mx.cpu)
+from mlx_extension.device import use_device  # noqa: E402
+
+use_device()
 
 from mlx_engine import tiny  # noqa: E402
 from ropool import dispatch  # noqa: E402

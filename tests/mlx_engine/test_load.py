@@ -10,7 +10,9 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
-mx.set_default_device(mx.cpu)
+from mlx_extension.device import use_device  # noqa: E402
+
+use_device()
 
 from transformers import AutoModelForCausalLM  # noqa: E402
 

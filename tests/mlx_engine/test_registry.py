@@ -12,7 +12,9 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
-mx.set_default_device(mx.cpu)
+from mlx_extension.device import use_device  # noqa: E402
+
+use_device()
 
 from mlx_engine import tiny  # noqa: E402
 from ropool import dispatch  # noqa: E402
@@ -161,5 +163,33 @@ def test_a_users_table_goes_first(
     assert MlxAOTKernelContext.for_step(built, 400).rotates
     monkeypatch.setenv(policy.VARIABLE, "1")
     assert MlxAOTKernelContext.for_step(built, 2).rotates
+    monkeypatch.undo()
+    tuning.forget()
+
+
+def test_tune_writes_what_the_registry_reads(
+    tmp_path: Path,
+    inputs: MlxAOTKernelBuildInputs,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from ropool.cli.main import main
+    from ropool.mlx import tune
+
+    monkeypatch.setattr(tune, "SECONDS", 0.001)
+    monkeypatch.setenv("ROPOOL_TUNING", str(tmp_path))
+    options = ["--heads", "4x2x16", "--dtype", "float32", "--tokens", "1,64"]
+    assert main(["tune", "--mlx", *options, "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[0].startswith("4x2x16 float32 T=1: MLX ")
+    table = tuning.parse((tmp_path / "metal-cpu.json").read_text(), "the table")
+    [choices] = table.entries.values()
+    assert sorted(choices) == [1, 64]
+    tuning.forget()
+    built = aot.registry.build_kernel_set(inputs)  # the tiny llama has these very heads
+    for tokens, choice in choices.items():
+        assert MlxAOTKernelContext.for_step(built, tokens).rotates == choice["fused"]
+    assert main(["tune", "--mlx", "--heads", "4x2"]) == 2
+    assert "heads are '4x2'; allowed with --mlx: HqxHkxD" in capsys.readouterr().err
     monkeypatch.undo()
     tuning.forget()

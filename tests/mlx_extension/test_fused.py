@@ -16,9 +16,10 @@ ropool_metal = pytest.importorskip("ropool_metal")
 
 from ropool_metal import rope_pool_fused, store_pool  # noqa: E402
 
+from mlx_extension.device import use_device  # noqa: E402
 from mlx_extension.oracle import bits, close, rotated  # noqa: E402
 
-mx.set_default_device(mx.cpu)
+use_device()
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 DIMS = ((64, 64), (64, 32), (128, 96), (80, 80), (24, 20), (6, 6), (7, 2), (2, 2))
@@ -207,7 +208,7 @@ def test_threads() -> None:
     results: list[Any] = [None] * 8
 
     def work(number: int) -> None:
-        stream = mx.new_stream(mx.cpu)
+        stream = mx.new_stream(mx.default_device())
         with mx.stream(stream):
             args = inputs(np.random.default_rng(3), mx.float32, tokens=16)
             for _ in range(30):
@@ -318,3 +319,12 @@ def test_another_mlx_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx, "__version__", "0.33.0")
     with pytest.raises(ImportError, match=r"is built for mlx .*, installed is mlx 0\.33\.0: pip"):
         importlib.reload(ropool_metal)
+
+
+def test_the_verification_for_macs(capsys: pytest.CaptureFixture[str]) -> None:
+    from mlx_extension import verify
+
+    found = verify.rows()
+    assert len(found) == 390
+    for row in found[::13]:
+        assert verify.verify(row) > 0

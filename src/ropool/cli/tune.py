@@ -16,6 +16,8 @@ from ropool.errors import RopoolError
 
 HEADS = ("32x8x128", "128x512+64")
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192, 32768)
+MLX_HEADS = ("9x3x64", "32x8x128", "16x2x128", "28x4x128")
+MLX_TOKENS = (1, 8, 32, 128, 512, 2048)
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -31,6 +33,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--dtype", metavar="DTYPES", help=f"of the model, of {', '.join(DTYPES)} (bfloat16)")
     add("--variant", metavar="NAMES", help=f"of {', '.join(VARIANTS)} (all)")
     add("--tokens", metavar="T,T", help=f"({','.join(map(str, TOKENS))})")
+    add("--mlx", action="store_true", help="MLX's kernels instead, beside its own operations")
     add("--backend", default="cuda", metavar="NAME", help="(%(default)s)")
     add(
         "--out",
@@ -43,6 +46,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a line for each call, and write the table after each."""
+    if args.mlx:
+        return run_mlx(args)
     if not torch.cuda.is_available():
         raise RopoolError("tune: PyTorch sees no GPU")
     device = torch.device("cuda", torch.cuda.current_device())
@@ -54,6 +59,38 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{found.subject.describe()} T={found.tokens}: {found.before_us:.2f} ->"
             f" {found.best_us:.2f} us ({gain:.2f}x) {words}",
+            flush=True,
+        )
+        path = tuning.write(table, args.out)
+    print(f"wrote {path}")
+    return 0
+
+
+def run_mlx(args: argparse.Namespace) -> int:
+    """Time the MLX kernels and MLX's own operations, and write which are used at each shape."""
+    try:
+        from ropool.mlx import tune as mlx_tune
+    except ModuleNotFoundError as error:
+        raise RopoolError(
+            f"tune --mlx needs the package {error.name}, which is not installed: "
+            "pip install 'ropool[mlx]'"
+        ) from error
+    forms = []
+    for form in listed(args.heads) or MLX_HEADS:
+        numbers_of = form.split("x")
+        if len(numbers_of) != 3 or not all(part.isdigit() and int(part) for part in numbers_of):
+            raise RopoolError(f"tune: heads are {form!r}; allowed with --mlx: HqxHkxD")
+        forms.append((int(numbers_of[0]), int(numbers_of[1]), int(numbers_of[2])))
+    dtypes = listed(args.dtype) or ["bfloat16"]
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise RopoolError(f"tune: dtype is {dtype!r}; known: {', '.join(DTYPES)}")
+    path: Path | None = None
+    for found, table in mlx_tune.tune(forms, dtypes, numbers(args.tokens) or list(MLX_TOKENS)):
+        gain = found.built_in_us / found.fused_us
+        print(
+            f"{'x'.join(map(str, found.heads))} {found.dtype} T={found.tokens}: MLX"
+            f" {found.built_in_us:.1f} us, kernel {found.fused_us:.1f} us ({gain:.2f}x)",
             flush=True,
         )
         path = tuning.write(table, args.out)

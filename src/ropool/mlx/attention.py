@@ -12,15 +12,28 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ropool.mlx.context import AttentionGroup, BatchedDecodeContext, LayerContext
+from ropool.mlx.linear import packed
 from ropool.mlx.rotation import Rotation
+
+_QKV = ("qkv_proj", "q_proj", "k_proj", "v_proj")
 
 
 class PooledAttention(nn.Module):
-    """Takes the place of `original`, an attention module of a covered family."""
+    """Takes the place of `original`, an attention module of a covered family, and takes over its
+    parts. Plain projections of Q, K and V become one."""
 
     def __init__(self, original: Any, rotation: Rotation) -> None:
         super().__init__()
-        self.original = original
+        for name in ("q_norm", "k_norm", "o_proj"):
+            if name in original:
+                setattr(self, name, original[name])
+        projections = [original[name] for name in _QKV if name in original]
+        together = projections[0] if "qkv_proj" in original else packed(projections)
+        if together is not None:
+            self.qkv_proj = together
+        else:
+            self.q_proj, self.k_proj, self.v_proj = projections
+        self.scale: float = original.scale
         self._rotation = rotation
         self._heads = (original.n_heads, original.n_kv_heads)
         self._head_dim = head_dim_of(original)
@@ -28,7 +41,7 @@ class PooledAttention(nn.Module):
     def __call__(self, x: mx.array, mask: None = None, cache: LayerContext | None = None) -> Any:
         """`x` `[1, T, hidden]`; `cache` leads to the step."""
         assert cache is not None and cache.step is not None
-        step, original = cache.step, self.original
+        step = cache.step
         q, k, v = self._project(x[0])
         windowed, layer = step.cache.places[cache.layer]
         pool, slots = step.cache.mlx_pool(windowed), step.slots[windowed]
@@ -42,22 +55,22 @@ class PooledAttention(nn.Module):
             pool.k[layer], pool.v[layer] = kernels.kernels.kv_store(
                 k, v, pool.k[layer], pool.v[layer], slots
             )
-        out = paged_attention(q, pool.k[layer], pool.v[layer], step, windowed, scale=original.scale)
-        return original.o_proj(out.reshape(1, len(out), -1))
+        out = paged_attention(q, pool.k[layer], pool.v[layer], step, windowed, scale=self.scale)
+        return self.o_proj(out.reshape(1, len(out), -1))
 
     def _project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """`[T, Hq, D]` and twice `[T, Hk, D]`, normalised where the model does that."""
-        original, (heads_q, heads_kv), dim = self.original, self._heads, self._head_dim
-        if "qkv_proj" in original:
-            packed = original.qkv_proj(x).reshape(len(x), -1, dim)
-            q, k, v = mx.split(packed, [heads_q, heads_q + heads_kv], axis=1)
+        (heads_q, heads_kv), dim = self._heads, self._head_dim
+        if "qkv_proj" in self:
+            heads = self.qkv_proj(x).reshape(len(x), -1, dim)
+            q, k, v = mx.split(heads, [heads_q, heads_q + heads_kv], axis=1)
         else:
             q, k, v = (
                 projection(x).reshape(len(x), -1, dim)
-                for projection in (original.q_proj, original.k_proj, original.v_proj)
+                for projection in (self.q_proj, self.k_proj, self.v_proj)
             )
-        if "q_norm" in original:
-            q, k = original.q_norm(q), original.k_norm(k)
+        if "q_norm" in self:
+            q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
 

@@ -34,7 +34,7 @@ def load(
         config = AutoConfig.from_pretrained(folder)
         require_covered(config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model, _ = load_model(folder, lazy=True, model_config=_rotation_fields(folder))
+        model, _ = load_model(folder, lazy=True, model_config=rotation_fields(folder))
     except RopoolError:
         raise
     except Exception as error:  # a directory or a download can be wrong in every way
@@ -52,7 +52,7 @@ def _download(name: str) -> Path:
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
 
 
-def _rotation_fields(folder: Path) -> dict[str, Any]:
+def rotation_fields(folder: Path) -> dict[str, Any]:
     """The rotation in the fields that `mlx-lm` reads. Newer configs name it `rope_parameters`,
     which most of its models pass over, to rotate by a base of 10000 instead."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

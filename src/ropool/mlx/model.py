@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import torch
 
 from ropool.engine.cache import PAGE_SIZE
@@ -13,6 +14,7 @@ from ropool.errors import RopoolError
 from ropool.mlx.aot import MlxAOTKernelBuildInputs, MlxAOTKernelContext, registry
 from ropool.mlx.attention import PooledAttention, head_dim_of
 from ropool.mlx.context import BatchedDecodeContext, LayerContext
+from ropool.mlx.linear import RowLinear, use_rows
 from ropool.mlx.policy import current_device
 from ropool.mlx.rotation import read_rotation
 
@@ -71,6 +73,13 @@ class MlxModel:
         for layer in layers:
             rotation = read_rotation(layer.self_attn.rope, context, table=device.name == "cpu")
             layer.self_attn = PooledAttention(layer.self_attn, rotation)
+        self._head = model.lm_head if "lm_head" in model else model.model.embed_tokens.as_linear
+        if device.name == "cpu":
+            use_rows(model)
+            if "lm_head" in model:
+                self._head = model.lm_head
+            elif type(embedding) is nn.Embedding:  # a second copy, for speed
+                self._head = RowLinear(mx.contiguous(embedding.weight.T), None)
         self.spec = ModelSpec(
             row=KVRow(sample.n_kv_heads, head_dim),
             windows=windows,
@@ -98,12 +107,6 @@ class MlxModel:
         pools = [step.cache.mlx_pool(kind) for kind in step.cache.pools]
         mx.eval(logits, [(pool.k, pool.v) for pool in pools])
         return logits
-
-    def _head(self, hidden: mx.array) -> mx.array:
-        model = self._model
-        if "lm_head" in model:
-            return model.lm_head(hidden)
-        return model.model.embed_tokens.as_linear(hidden)
 
 
 def _window(model: Any, layer: Any) -> int | None:
