@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --constraint constraints.txt
 BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find csrc -type f)
 EDITABLE := --no-build-isolation --editable
-TEST_EXTRAS := engine,mlx,triton,bench,docs,dev
+TEST_EXTRAS := engine,cuda,mlx,triton,bench,docs,dev
 METAL_INPUTS := constraints.txt $(shell find metal -type f -not -path '*/__pycache__/*')
 # Named after the processor: benchmarks/results/cpu-amd-epyc-2c.
 BENCH_OUT ?= benchmarks/results/cpu-$(shell sed -n 's/^model name[^:]*: *//p' /proc/cpuinfo \
@@ -84,7 +84,7 @@ $(STAMPS)/demo-mlx: $(STAMPS)/demo $(METAL_INPUTS)
 		$(PIP) $(EDITABLE) '.[engine$(comma)mlx]' && { $(METAL_INSTALL); })
 	@touch $@
 
-.PHONY: demo demo-mlx test dev lint format typecheck docs pytest bench bench-gpu verify-gpu verify-xpu verify-mac clean help
+.PHONY: demo demo-mlx test dev lint format typecheck docs pytest bench bench-gpu verify-gpu verify-xpu verify-mac sanitize clean help
 
 demo: $(STAMPS)/demo ## generate text with real weights
 	@$(BIN)/ropool generate "$(PROMPT)"
@@ -137,6 +137,17 @@ bench-gpu: ## time every op on this GPU, beside the peers in .peers (benchmarks/
 		--out $(BENCH_GPU_OUT) $(ARGS)
 	@PYTHONPATH=src:.peers $(PYTHON) -c $(MAIN) bench --device cuda --decode all \
 		--out $(BENCH_GPU_OUT)
+
+# No cache of memory, so that every tensor has an end that the checker sees; our kernels alone.
+SANITIZER := compute-sanitizer --error-exitcode 1 --kernel-regex kns=ropool_kernel
+SANITIZED := tests/cuda_backend/test_gpu.py -k "every_shape or bulk"
+
+sanitize: ## compute-sanitizer's four tools over the CUDA kernels, with the torch of PYTHON
+	@for tool in memcheck racecheck initcheck synccheck; do \
+		echo "==> $$tool"; \
+		PYTHONPATH=src:tests PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+			$(SANITIZER) --tool $$tool $(PYTHON) -m pytest -q $(SANITIZED) $(ARGS) || exit 1; \
+	done
 
 # triton-xpu and triton are two packages with one module: the new environment puts its own before
 # what it takes from .venv.

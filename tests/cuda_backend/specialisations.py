@@ -1,9 +1,9 @@
-"""Calls that stand for the specialisations of the kernel, and what the compiler made of each."""
+"""Calls that stand for the specialisations of the kernel."""
 
 from __future__ import annotations
 
+import functools
 import inspect
-import struct
 from typing import Any
 
 import torch
@@ -54,11 +54,13 @@ def grid_cases() -> list[Case]:
     ]
 
 
+@functools.cache
 def grid_calls() -> dict[str, Bound]:
     """Those cases as the backend sees them."""
     return {str(case): bound(case.op, arguments(case)) for case in grid_cases()}
 
 
+@functools.cache
 def model_calls() -> dict[str, Bound]:
     """The calls that models make, with few tokens and with many."""
     calls = {}
@@ -114,28 +116,3 @@ def _mla(tokens: int, pool: str) -> dict[str, Any]:
         "cos_sin_cache": _empty(4096, 64, dtype=torch.float32),
         **{name: _empty(tokens, dtype=torch.int64) for name in ("positions", "slot_mapping")},
     }
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """`registers` a thread and `stack` bytes of the one kernel in a cubin, from its ELF notes."""
-    section_at = struct.unpack_from("<Q", cubin, 0x28)[0]
-    size, count, names_index = struct.unpack_from("<HHH", cubin, 0x3A)
-    sections = [
-        struct.unpack_from("<IIQQQQ", cubin, section_at + index * size) for index in range(count)
-    ]
-    names = sections[names_index][4]
-    found: dict[str, int] = {}
-    for name, _, _, _, offset, length in sections:
-        if cubin[names + name :].split(b"\0", 1)[0] != b".nv.info":
-            continue
-        at, end = offset, offset + length
-        while at + 4 <= end:
-            form, attribute, value = struct.unpack_from("<BBH", cubin, at)
-            at += 4
-            if form != 4:
-                continue
-            if attribute in (0x2F, 0x11):
-                what = "registers" if attribute == 0x2F else "stack"
-                found[what] = struct.unpack_from("<II", cubin, at)[1]
-            at += value
-    return found

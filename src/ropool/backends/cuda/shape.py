@@ -110,7 +110,7 @@ def why_not_bulk(call: Call, rows: int = 1, names: Mapping[str, str] = EMPTY) ->
         name = names.get(part, part)
         if call.row_align[part] < VECTOR_BYTES:
             return f"not every row of {name} is aligned to {VECTOR_BYTES} bytes"
-        if given[f"{prefix}_POOL_ALIGN"] < VECTOR_BYTES:
+        if given[f"{part.upper()}_POOL_ALIGN"] < VECTOR_BYTES:
             return f"not every row of {name} in the pool is aligned to {VECTOR_BYTES} bytes"
     if rows * row_bytes(call) > BULK_BYTES - 1024:
         return "rows are too long for shared memory"

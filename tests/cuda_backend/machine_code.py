@@ -1,0 +1,87 @@
+"""What NVRTC makes of the kernels of models, for GPUs that need not be there.
+
+`python -m cuda_backend.machine_code` in tests/ writes `machine_code.csv`, which tests compare with.
+"""
+
+from __future__ import annotations
+
+import csv
+import struct
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from cuda_backend.specialisations import ARCHITECTURES, model_calls, source
+
+TABLE = Path(__file__).with_suffix(".csv")
+VERSION = (13, 4)
+"""The NVRTC that made the table."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """One kernel: registers a thread, and bytes of its stack, where spilled registers go."""
+
+    case: str
+    arch: str
+    registers: int
+    stack: int
+
+    def worse_than(self, other: Code) -> bool:
+        return self.registers > other.registers or self.stack > other.stack
+
+
+def compiled(case: str, arch: str) -> Code:
+    """Compile one kernel for one architecture."""
+    from ropool.backends.cuda import compile
+
+    cubin = compile.compile_cubin(source(model_calls()[case], arch), arch)
+    return Code(case, arch, **resources(cubin))
+
+
+def recorded() -> dict[tuple[str, str], Code]:
+    """The table."""
+    with TABLE.open(newline="") as file:
+        rows = [
+            Code(row["case"], row["arch"], int(row["registers"]), int(row["stack"]))
+            for row in csv.DictReader(file)
+        ]
+    return {(row.case, row.arch): row for row in rows}
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """`registers` a thread and `stack` bytes of the one kernel in a cubin, from its ELF notes: the
+    attributes REGCOUNT (0x2f) and FRAME_SIZE (0x11) of the section `.nv.info`."""
+    section_at = struct.unpack_from("<Q", cubin, 0x28)[0]
+    size, count, names_index = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [
+        struct.unpack_from("<IIQQQQ", cubin, section_at + index * size) for index in range(count)
+    ]
+    names = sections[names_index][4]
+    found: dict[str, int] = {}
+    for name, _, _, _, offset, length in sections:
+        if cubin[names + name :].split(b"\0", 1)[0] != b".nv.info":
+            continue
+        at, end = offset, offset + length
+        while at + 4 <= end:
+            form, attribute, value = struct.unpack_from("<BBH", cubin, at)
+            at += 4
+            if form != 4:
+                continue
+            if attribute in (0x2F, 0x11):
+                what = "registers" if attribute == 0x2F else "stack"
+                found[what] = struct.unpack_from("<II", cubin, at)[1]
+            at += value
+    return found
+
+
+def write(codes: Iterable[Code]) -> None:
+    """Write the table."""
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Code)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(map(asdict, codes))
+
+
+if __name__ == "__main__":
+    write(compiled(case, arch) for case in model_calls() for arch in ARCHITECTURES)
