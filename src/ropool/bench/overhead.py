@@ -37,6 +37,8 @@ class Overhead:
     """The launch: from dispatch to the kernel and back, the kernel's work included."""
     launch_is: str
     """`native` when dispatch calls compiled code directly, else `Python`."""
+    plan_us: float
+    """The same call as a plan, see `ropool.plan`."""
     add_us: float
     """For comparison: `torch.add(a, b, out=c)` with one element."""
 
@@ -54,12 +56,14 @@ class Overhead:
             f"rope_store_kv_ with T = 1 and heads {'x'.join(map(str, HEADS))} on {self.kernel}:"
             f" {self.total_us:.2f} us a call (median)",
             *(f"  {title:<{width}}{found[name]:>7.2f} us" for title, name in parts.items()),
+            f"  {'the same call as a plan':<{width}}{self.plan_us:>7.2f} us",
             f"  {'to compare: torch.add, out=':<{width}}{self.add_us:>7.2f} us",
         ]
 
 
-def overhead() -> Overhead:
-    """Measure on the CPU, with the kernel that dispatch chooses.
+def overhead(device: torch.device) -> Overhead:
+    """Measure on `device`, with the kernel that dispatch chooses. On a GPU the host's time counts:
+    its kernels are over before the next call.
 
     Each stage is timed on its own, from the inside out, and what a stage adds is the difference to
     the one inside it. Raises `RopoolError` for settings under which a call does other things.
@@ -67,11 +71,11 @@ def overhead() -> Overhead:
     if settings.current().check:
         raise RopoolError("bench: --overhead measures calls without checks; unset ROPOOL_CHECK")
     heads_q, heads_kv, dim = HEADS
-    q = torch.randn(1, heads_q, dim)
-    k, v = torch.randn(2, 1, heads_kv, dim).unbind()
-    k_pool, v_pool = torch.zeros(2, 4, 16, heads_kv, dim).unbind()
-    table = torch.randn(32, dim)
-    index = torch.tensor([3])
+    q = torch.randn(1, heads_q, dim, device=device)
+    k, v = torch.randn(2, 1, heads_kv, dim, device=device).unbind()
+    k_pool, v_pool = torch.zeros(2, 4, 16, heads_kv, dim, device=device).unbind()
+    table = torch.randn(32, dim, device=device)
+    index = torch.tensor([3], device=device)
     args = (q, k, v, k_pool, v_pool, table, index, index)
 
     def public() -> None:
@@ -84,12 +88,13 @@ def overhead() -> Overhead:
         tensors = (*args, *[None] * (len(rope_store_kv.OP.tensors) - len(args)))
         options: tuple[object, ...] = signature[2]  # type: ignore[index]
         run, launches = rope_store_kv.OP._run, cache.launches
-        a, b, c = torch.randn(3, 1).unbind()
-        total, inside, found, launched, add = medians(
+        a, b, c = torch.randn(3, 1, device=device).unbind()
+        total, inside, found, launched, planned, add = medians(
             public,
             lambda: run(tensors, options, None),
             lambda: launches.get(signature),
             lambda: launch(tensors),
+            ropool.plan("rope_store_kv_", *args),
             lambda: torch.add(a, b, out=c),
         )
     return Overhead(
@@ -100,6 +105,7 @@ def overhead() -> Overhead:
         look_up_us=found,
         launch_us=launched,
         launch_is="Python" if hasattr(launch, "__code__") else "native",
+        plan_us=planned,
         add_us=add,
     )
 

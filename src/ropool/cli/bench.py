@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print each workload's table when it is done, and write the files."""
     if args.overhead:
         warned_load()
-        found = overhead()
+        found = overhead(device_named(args.device))
         print("\n".join(found.lines()))
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
