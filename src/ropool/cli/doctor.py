@@ -13,8 +13,11 @@ import ropool
 from ropool import dispatch
 from ropool.backends import cpu
 from ropool.cli import probes
-from ropool.dispatch import settings
+from ropool.dispatch import Device, settings
 from ropool.ops._device import device_of
+
+MLX = "mlx"
+"""The device of models that run on MLX; PyTorch knows nothing of it."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -45,7 +48,7 @@ def report() -> dict[str, Any]:
         "kernels": [
             kernel
             for device in devices(machine["accelerators"])
-            for op in dispatch.OPS
+            for op in ops_of(device)
             for kernel in kernels(op, device)
         ],
     }
@@ -73,13 +76,23 @@ def devices(accelerators: Any) -> list[str]:
     found = {"cpu": "cpu"}
     for accelerator in accelerators if isinstance(accelerators, list) else []:
         found.setdefault(accelerator["device"].partition(":")[0], accelerator["device"])
+    if probes.guarded(lambda: dispatch.unavailable("mlx")) is None:
+        found[MLX] = MLX
     return list(found.values())
+
+
+def ops_of(device: str) -> list[str]:
+    """The ops that are called on a device: on MLX those that have a kernel for it."""
+    if device != MLX:
+        return list(dispatch.OPS)
+    return [op for op in dispatch.OPS if any(MLX in spec.devices for spec in dispatch.kernels(op))]
 
 
 def kernels(op: str, device: str) -> list[dict[str, Any]]:
     """Every kernel of `op` for `device`, the most preferred first."""
     try:
-        reports = dispatch.explain(op, device_of(torch.device(device)), None)
+        where = Device(MLX) if device == MLX else device_of(torch.device(device))
+        reports = dispatch.explain(op, where, None)
     except Exception as error:
         reason = f"unknown ({type(error).__name__}: {error})"
         labels = [(spec.label, False, reason) for spec in dispatch.kernels(op)]
