@@ -87,6 +87,14 @@ def test_an_fp8_pool_is_the_exact_one_rounded(
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-3)
 
 
+def scale_of(largest: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
+    """The smallest power of two that leaves room for twice the largest value."""
+    most = {E4M3: 448.0, E5M2: 57344.0}[dtype]
+    powers = 2.0 ** torch.arange(-40.0, 40.0)
+    fits = powers * most >= 2 * largest.unsqueeze(-1)
+    return powers[fits.int().argmax(-1)]
+
+
 def largest_in_cache(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """The largest rotated K and the largest V of each layer and head, `[layers, Hk]`, that the
     cache of `transformers` holds after the prompts."""
@@ -112,7 +120,7 @@ def test_calibrated_scales_follow_the_cache_of_transformers(name: str, dtype: to
     engine.generate(prompts, PARAMS)
     assert engine.cache.scales is not None
     for scale, largest in zip(engine.cache.scales.values, expected, strict=True):
-        torch.testing.assert_close(scale, 2 * largest / torch.finfo(dtype).max, rtol=1e-5, atol=0)
+        assert torch.equal(scale, scale_of(largest, dtype))
     for number, layer in enumerate(engine.cache.layers):  # and the op is given the same
         for used, scale in zip(layer[2:4], engine.cache.scales.values, strict=True):
             assert used is not None and torch.equal(used, scale[number])
@@ -127,7 +135,7 @@ def test_latent_rows_have_one_scale_a_layer() -> None:
     engine.generate(prompt, PARAMS)
     for ours, theirs in zip(engine.cache.latent_layers, exact.cache.latent_layers, strict=True):
         assert ours.scale is not None
-        torch.testing.assert_close(ours.scale, 2 * theirs.rows.abs().max() / 448)
+        assert torch.equal(ours.scale, scale_of(theirs.rows.abs().max()))
 
 
 def test_images_are_calibrated_on_too() -> None:
@@ -144,26 +152,23 @@ def test_images_are_calibrated_on_too() -> None:
         engine.step()
         for ours, theirs in zip(engine.cache.layers, exact.cache.layers, strict=True):
             assert ours.v_scale is not None
-            torch.testing.assert_close(ours.v_scale, 2 * theirs.v.abs().amax((0, 1, 3)) / 448)
-        found.append(ours.v_scale)
+            assert torch.equal(ours.v_scale, scale_of(theirs.v.abs().amax((0, 1, 3))))
+        found.append(engine.cache.scales.values[1])
     assert not torch.equal(*found)
 
 
 def test_rows_that_left_the_window_count_too() -> None:
     """The largest V stands at the front of a prompt that is longer than the window's pool."""
     model = tiny.build("mistral-window")
+    first = model.model.layers[0]
     with torch.no_grad():
-        model.model.embed_tokens.weight[5] *= 30  # only what is not normalised away grows
-        model.model.layers[0].input_layernorm.weight.fill_(1.0)
-    prompt = [5] + [7] * 200
-    with torch.no_grad():
-        hidden = model.model.layers[0].input_layernorm(model.model.embed_tokens.weight[[5, 7]])
-        values = model.model.layers[0].self_attn.v_proj(hidden)
-        largest = values.view(2, 2, -1).abs().amax(-1)
-    assert (largest[0] > largest[1]).any()
+        values = first.self_attn.v_proj(first.input_layernorm(model.model.embed_tokens.weight))
+    largest = values.unflatten(-1, (2, -1)).abs().amax(-1)
+    front, filler = int(largest[:, 0].argmax()), int(largest[:, 0].argmin())
+    assert scale_of(largest[front, 0]) > scale_of(largest[filler, 0])
     engine = Engine(PooledModel(model), pool_tokens=256, cache_dtype=E4M3)
-    scale = engine.calibrate([prompt]).values[1][0]
-    torch.testing.assert_close(scale, 2 * largest.amax(0) / 448, rtol=1e-5, atol=0)
+    scale = engine.calibrate([[front] + [filler] * 200]).values[1][0, 0]
+    assert scale == scale_of(largest[front, 0])
 
 
 def test_scales_hold_from_the_first_step_on(model: PooledModel) -> None:
@@ -190,10 +195,10 @@ def test_calibration_takes_whole_prompts_up_to_its_limit() -> None:
     prompts = [[3] * 600, [4] * 424, [5]]
     expected = largest_in_cache(model, prompts[:2])
     scales = Engine(pooled, pool_tokens=2048, cache_dtype=E4M3).calibrate(prompts)
-    torch.testing.assert_close(scales.values[0], 2 * expected[0] / 448, rtol=1e-5, atol=0)
+    assert torch.equal(scales.values[0], scale_of(expected[0]))
     alone = Engine(pooled, pool_tokens=2048, cache_dtype=E4M3).calibrate([[6] * 1500, [7]])
     expected = largest_in_cache(model, [[6] * 1500])
-    torch.testing.assert_close(alone.values[1], 2 * expected[1] / 448, rtol=1e-5, atol=0)
+    assert torch.equal(alone.values[1], scale_of(expected[1]))
 
 
 def test_a_request_is_the_same_whatever_follows_it(model: PooledModel) -> None:

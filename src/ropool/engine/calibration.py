@@ -45,8 +45,10 @@ class Calibration:
         self._largest = [torch.maximum(*pair) for pair in zip(self._largest, found, strict=True)]
 
     def scales(self, dtype: torch.dtype) -> CacheScales:
-        """For a pool of `dtype`: one of each layer and head, such that `HEADROOM` times the largest
-        value seen is the largest that it stores. 1 where nothing but zeros was seen.
+        """For a pool of `dtype`: for each layer and head the smallest power of two with which it
+        stores `HEADROOM` times the largest value seen; 1 where nothing but zeros was seen.
+
+        A power of two changes no digit of a value, only which are too large or too small to store.
 
         Raises `RopoolError` where a value was not finite.
         """
@@ -59,8 +61,8 @@ class Calibration:
                         f"{name} of layer {layer} cannot be calibrated: the model's values are not "
                         "finite"
                     )
-            scale = (largest * (HEADROOM / most)).clamp(min=torch.finfo(torch.float32).tiny)
-            values.append(torch.where(largest > 0, scale, 1.0))
+            least = (largest * (HEADROOM / most)).clamp(min=torch.finfo(torch.float32).tiny)
+            values.append(torch.where(largest > 0, least.log2().ceil().exp2(), 1.0))
         return CacheScales(tuple(values))
 
     def _look(self) -> list[Tensor]:
