@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def test_one_prompt_streams_and_a_table_follows(
     assert out.startswith(text + "\n")
     rows = [line.split() for line in out[len(text) :].splitlines() if line]
     labels = [row[0] for row in rows]
-    assert labels == ["device", "kernel", "prefill", "decode", "pool", "pool"]
+    first = ["first"] if sys.platform == "linux" else []
+    assert labels == ["device", "kernel", *first, "prefill", "decode", "pool", "pool"]
     assert rows[1][:3] == ["kernel", "of", "rope_store_kv_"]
     assert rows[-1] == ["pool", "bytes", "a", "token", "512"]
 
@@ -166,6 +168,22 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1 and message in captured.err
+
+
+def test_the_first_token_is_timed_from_the_start_of_the_process(directory: str) -> None:
+    program = "import sys; from ropool.cli.main import main; sys.exit(main())"
+    arguments = ["generate", "Hi", "--model", directory, "--max-new-tokens", "2", "--json"]
+    started = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True
+    )
+    wall = time.perf_counter() - started
+    seconds = json.loads(result.stdout)["seconds_to_first_token"]
+    if sys.platform != "linux":
+        assert seconds is None
+        return
+    # Nothing of note comes before the start or after the last token, and torch is imported in it.
+    assert max(0.3, 0.5 * wall) < seconds <= wall + 0.02
 
 
 def test_a_broken_file_in_a_process_of_its_own(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import logging as hub_logging
 from transformers.utils import logging
 
+from ropool.cli import probes
 from ropool.dispatch import cache, chosen
 from ropool.engine import CacheScales, Engine, ModelSpec, Request, SamplingParams
 from ropool.engine.cache import KVCache
@@ -138,15 +139,16 @@ def run(args: argparse.Namespace) -> int:
         max_requests=MAX_REQUESTS,
     )
     requests = [engine.add(prompt, params) for prompt in tokens]
-    _generate(engine, requests, prompts, show=not args.json)
+    first_token = _generate(engine, requests, prompts, show=not args.json)
     if args.save_kv_cache_scales is not None:
         if engine.cache.scales is None:
             raise RopoolError(f"a KV pool of {engine.cache.dtype} has no scales to save")
         engine.cache.scales.write(Path(args.save_kv_cache_scales), model.spec)
     if args.json:
-        print(json.dumps(_report(args.model, opened.device, engine, requests, prompts)))
+        report = _report(args.model, opened.device, engine, requests, prompts)
+        print(json.dumps(report | {"seconds_to_first_token": first_token}))
     else:
-        _print_table(opened, engine)
+        _print_table(opened, engine, first_token)
     return 0
 
 
@@ -257,19 +259,28 @@ def _pool_tokens(prompt_tokens: list[int], params: SamplingParams, context: int,
     return max(rounded[0], min(sum(rounded), most))
 
 
-def _generate(engine: Engine, requests: list[Request], prompts: list[str], *, show: bool) -> None:
-    """Run to the end. One prompt streams; of several each answer is printed when it is complete."""
+def _generate(
+    engine: Engine, requests: list[Request], prompts: list[str], *, show: bool
+) -> float | None:
+    """Run to the end. One prompt streams; of several each answer is printed when it is complete.
+
+    Returns how many seconds after the start of the process the first token came.
+    """
     numbers = {request: number for number, request in enumerate(requests)}
-    for event in engine.stream():
+    first_token: float | None = None
+    for number, event in enumerate(engine.stream()):
+        if number == 0:
+            first_token = probes.process_seconds()
         if not show:
             continue
         if len(requests) == 1:
             print(event.text, end="", flush=True)
         elif event.request.finish_reason is not None:
-            number = numbers[event.request]
-            print(f"[{number + 1}] {prompts[number]}\n{event.request.text}\n", flush=True)
+            place = numbers[event.request]
+            print(f"[{place + 1}] {prompts[place]}\n{event.request.text}\n", flush=True)
     if show and len(requests) == 1:
         print("\n")
+    return first_token
 
 
 def _report(
@@ -301,10 +312,12 @@ def _report(
     }
 
 
-def _print_table(opened: Opened, engine: Engine) -> None:
+def _print_table(opened: Opened, engine: Engine, first_token: float | None) -> None:
     allocator, speed = engine.cache.allocator, engine.throughput
     rows = [("device", f"{opened.device} {opened.device_name}".strip())]
     rows += [(f"kernel of {op}", label) for op, label in chosen.items()]
+    if first_token is not None:
+        rows.append(("first token", f"after {first_token:.2f} s, from the start of the process"))
     rows += [
         ("prefill", f"{speed.prefill_tokens_per_s:.1f} tokens/s"),
         ("decode", f"{speed.decode_tokens_per_s:.1f} tokens/s"),
