@@ -12,6 +12,7 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
+nn = pytest.importorskip("mlx.nn")
 from mlx_extension.device import use_device  # noqa: E402
 
 use_device()
@@ -19,6 +20,7 @@ use_device()
 from mlx_engine import tiny  # noqa: E402
 from ropool import dispatch  # noqa: E402
 from ropool.dispatch import Device, NoKernelError, registry, tuning  # noqa: E402
+from ropool.engine import SamplingParams  # noqa: E402
 from ropool.errors import RopoolError  # noqa: E402
 from ropool.mlx import aot, policy  # noqa: E402
 from ropool.mlx.aot import (  # noqa: E402
@@ -28,6 +30,7 @@ from ropool.mlx.aot import (  # noqa: E402
     MlxAOTKernelSet,
     MlxAOTKernelSpec,
 )
+from ropool.mlx.engine import MlxEngine  # noqa: E402
 from ropool.mlx.model import MlxModel  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -103,12 +106,31 @@ def test_another_mlx_version(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason is not None and "is built for mlx" in reason and "0.99.0" in reason
 
 
-def test_a_rotation_that_changes_with_the_length(caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny.build("llama", rope_scaling={"type": "dynamic", "factor": 2.0})
+class Shifted(nn.Module):
+    """A rotation of a kind that ropool does not know."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __call__(self, x: Any, offset: Any = 0) -> Any:
+        return self.inner(x, offset=offset + 3)
+
+
+def test_a_rotation_that_cannot_be_expressed(caplog: pytest.LogCaptureFixture) -> None:
+    """The model rotates by itself, and a kernel writes K and V."""
+    model = tiny.build("llama")
+    for layer in model.layers:
+        layer.self_attn.rope = Shifted(layer.self_attn.rope)
     with caplog.at_level(logging.INFO, "ropool.mlx"):
-        built = MlxModel(model, frozenset()).kernels
-    assert built.rope is None and callable(built.kv_store)
-    assert "DynamicNTKScalingRoPE has no fixed frequencies" in caplog.text
+        ours = MlxModel(tiny.copy_of(model), frozenset())
+    assert ours.kernels.rope is None and callable(ours.kernels.kv_store)
+    assert "rope: disabled, Shifted has no fixed frequencies" in caplog.text
+    ragged = tiny.prompts(3, longest=40)
+    requests = MlxEngine(ours, pool_tokens=256).generate(ragged, SamplingParams(max_new_tokens=8))
+    for prompt, request in zip(ragged, requests, strict=True):
+        assert request.output == tiny.greedy(model, prompt, 8)[0]
+    assert dispatch.chosen["store_kv_"] == "metal/store_kv"
 
 
 def test_unknown_attributes_raise() -> None:

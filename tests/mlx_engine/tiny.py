@@ -55,6 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_traditional": True,
     },
     "llama-linear": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.5}},
+    "llama-dynamic": {"model_type": "llama", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
     "llama-window": {
         "model_type": "llama",
         "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],

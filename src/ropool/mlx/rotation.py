@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
 
 MOST_TABLE_ROWS = 32768
 """Positions up to which the CPU reads cos/sin from a table; beyond it computes them."""
@@ -38,6 +39,9 @@ def read_rotation(module: Any, context: int, *, table: bool) -> Rotation:
     from one, otherwise they compute them."""
     dims = int(getattr(module, "dims", 0) or getattr(module, "dim", 0))
     interleaved = bool(getattr(module, "traditional", False))
+    if isinstance(module, DynamicNTKScalingRoPE) and context <= module.max_position_embeddings:
+        # The base grows with sequences that are longer than this, and there are none.
+        module = nn.RoPE(dims, traditional=interleaved, base=module.base)
     frequencies, factor, reason = _frequencies(module, dims)
     if frequencies is None:
         return Rotation(module, dims, interleaved, None, reason)
@@ -53,13 +57,13 @@ def read_rotation(module: Any, context: int, *, table: bool) -> Rotation:
 
 def _frequencies(module: Any, dims: int) -> tuple[Any, float, str]:
     """Angles a position, float64 `[R/2]`, and the factor of cos and sin; or why there are none."""
+    exponents = np.arange(0, dims, 2, dtype=np.float64) / dims
     if isinstance(module, nn.RoPE):
-        exponents = np.arange(0, dims, 2, dtype=np.float64) / dims
         return module.scale * float(module.base) ** -exponents, 1.0, ""
     periods = getattr(module, "_freqs", None)
     if periods is None:
         name = type(module).__name__
-        return None, 1.0, f"{name} has no fixed frequencies (they change with the length)"
+        return None, 1.0, f"{name} has no fixed frequencies"
     # The half that only some of these modules rotate by has an infinite period.
     frequencies = 1.0 / np.array(periods.astype(mx.float32), dtype=np.float64)
     factor = getattr(module, "mscale", None) or getattr(module, "_scale", None) or 1.0
