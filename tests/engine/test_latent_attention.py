@@ -1,4 +1,4 @@
-"""Attention absorbed over latent rows against K and V expanded in float64."""
+"""Attention over latent rows, absorbed or expanded, against K and V expanded in float64."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Atten
 
 from engine.test_memory import DS_MLA, E4M3, E5M2, spec_of
 from oracle.formats import decode
+from ropool.engine import latent
 from ropool.engine.cache import KVCache, PageTable
 from ropool.engine.pools import CacheDtype
+from ropool.engine.scales import CacheScales
 from ropool.engine.spec import LatentRow
 from ropool.engine.step import Span, build_step
 from ropool.integrations.transformers.mla import LatentAttention
@@ -38,7 +40,7 @@ STEPS: list[dict[int, int]] = [
     {1: 17, 2: 150},
     {0: 1, 1: 1, 2: 1},
     {0: 1, 2: 1, 1: 1, 3: 5},
-    {2: 40, 3: 1},
+    {2: 140, 3: 1},
 ]
 
 
@@ -120,13 +122,15 @@ def expanded(module: Any, hidden: Tensor, rows: Tensor, config: RotaryConfig) ->
 
 
 def run(
-    module: Any, hidden: Sequence[Tensor], dtype: CacheDtype | None
+    module: Any, hidden: Sequence[Tensor], dtype: CacheDtype | None, scale: float | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Results and pool rows of each request after `STEPS`."""
     config = RotaryConfig.from_hf(module.config)
     attention = LatentAttention(module, 0, StackedRotary(config, CONTEXT))
     spec = spec_of(LatentRow(LATENT, ROPE), (None,), torch.float32)
     cache = KVCache(spec, pool_tokens=512, max_requests=4, max_batch_tokens=256, dtype=dtype)
+    if scale is not None:
+        cache.set_scales(CacheScales((torch.tensor([scale]),)))
     tables = [PageTable() for _ in hidden]
     done = [0] * len(hidden)
     outputs: list[list[Tensor]] = [[] for _ in hidden]
@@ -165,7 +169,9 @@ MODULES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_absorbed_attention_is_the_expanded_one(name: str) -> None:
+def test_attention_is_the_expanded_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Some heads at a time, the last ones fewer.
+    monkeypatch.setattr(latent, "EXPANDED_ELEMENTS", 4 * 150 * 2 * (NOPE + ROPE))
     module = module_of(**MODULES[name])
     config = RotaryConfig.from_hf(module.config)
     assert config.interleaved == (name != "neox")
@@ -190,17 +196,39 @@ def stored_values(rows: Tensor) -> Tensor:
     return torch.cat([scaled.flatten(-2), rope], -1)
 
 
-@pytest.mark.parametrize("dtype", [E4M3, E5M2, DS_MLA], ids=str)
-def test_fp8_rows_are_read_back_as_stored(dtype: CacheDtype) -> None:
+@pytest.mark.parametrize(
+    "dtype, scale", [(E4M3, None), (E4M3, 0.03), (E5M2, 0.003), (DS_MLA, None)], ids=str
+)
+def test_fp8_rows_are_read_back_as_stored(dtype: CacheDtype, scale: float | None) -> None:
     module = module_of()
     config = RotaryConfig.from_hf(module.config)
     hidden = inputs()
-    outputs, held = run(module, hidden, dtype)
+    outputs, held = run(module, hidden, dtype, scale)
     for out, rows, x in zip(outputs, held, hidden, strict=True):
-        stored, exact = stored_values(rows), rows_of(module, x.double(), config)
+        stored, exact = stored_values(rows) * (scale or 1.0), rows_of(module, x.double(), config)
         # Half a unit in the last place, and the smallest subnormal (of a tile, whose largest value
         # is below 8, that is 8 / 448 of it).
         rtol = 2**-3 if dtype == E5M2 else 2**-4
         torch.testing.assert_close(stored, exact, rtol=rtol, atol=2**-9)
         expected = expanded(module, x.double(), stored, config)
         torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=5e-5)
+
+
+def test_what_is_less_work_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single query is always absorbed; of a prompt, the chunks that are large enough are
+    expanded."""
+    calls = []
+    for name in ("_absorbed", "_expanded"):
+        original = getattr(latent, name)
+
+        def spy(q: Tensor, *args: Any, name: str = name, original: Any = original) -> Tensor:
+            calls.append((name, len(q), args[1] is None))
+            return original(q, *args)
+
+        monkeypatch.setattr(latent, name, spy)
+    run(module_of(), inputs(), None)
+    absorbed = [(1, False), (17, False), (3, False), (3, False), (1, False)]
+    expanded = [(90, True), (33, True), (150, True), (5, True), (140, False)]
+    for name, expected in (("_absorbed", absorbed), ("_expanded", expanded)):
+        found = [(queries, causal) for call, queries, causal in calls if call == name]
+        assert found == expected

@@ -151,3 +151,13 @@ def test_the_cli_generates_and_reports(tmp_path: Path, capsys: pytest.CaptureFix
         assert len(output["tokens"]) == 6 or output["tokens"][-1] == END_ID
     report = as_json(capsys, "Hi", *options, "--kv-cache-dtype", "fp8_e4m3")
     assert report["pool"]["bytes_per_token"] == 2 * (40 + 8)
+
+
+def test_many_short_requests_decode_together() -> None:
+    """So many queries over so few keys that one request's would be expanded."""
+    model = tiny.build("deepseek_v2")
+    prompts = tiny.prompts(48, longest=9, seed=6)
+    engine = Engine(PooledModel(tiny.copy_of(model)), pool_tokens=48 * 16)
+    requests = engine.generate(prompts, SamplingParams(max_new_tokens=3))
+    for prompt, request in zip(prompts, requests, strict=True):
+        assert request.output == tiny.greedy(model, prompt, 3)[0]
