@@ -178,6 +178,10 @@ verify-mac: $(STAMPS)/metal ## on a Mac: the MLX kernels on its GPU, against flo
 	@ROPOOL_MLX_DEVICE=gpu ROPOOL_REQUIRE_BACKENDS=metal $(BIN)/python -m pytest \
 		tests/metal_kernels tests/mlx_extension tests/mlx_engine $(ARGS)
 
+verify-metal: $(STAMPS)/test ## type-check the Metal kernels, and build their host code for macOS
+	@$(PIP) --quiet ziglang
+	@cd tests && ../$(BIN)/python -m metal_kernels.cross_compile ../build/verify-metal
+
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) $(XPU) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 

@@ -237,7 +237,7 @@ inline void rotate_k(
 // One chunk of the heads of a token into its pool row, as it stands. K and V without a rotation.
 template <typename T, int V>
 inline void copy_rows(
-    const device T* from, RopePoolRows rows, device T* pool, ropool_i64 slot, uint3 at, uint group) {
+    const device T* from, constant RopePoolRows& rows, device T* pool, ropool_i64 slot, uint3 at, uint group) {
     if (slot < 0) return;
     const int first = 2 * at.x * V;
     const int end = min(int(group + 1) * kHeadsPerThread, kHeadsKV);

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ropool import dispatch
 from ropool.cli import main as cli
 from ropool.dispatch import NoKernelError, settings
 from ropool.errors import RopoolError
@@ -104,6 +105,7 @@ def fake_command(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def raise_it(args: object) -> int:
         raise error
 
+    dispatch.unavailable("cpu")  # asked once a process, and not of the fake module
     module = types.ModuleType("fake")
     module.add_parser = lambda subparsers: subparsers.add_parser("generate")  # type: ignore[attr-defined]
     module.run = raise_it  # type: ignore[attr-defined]
