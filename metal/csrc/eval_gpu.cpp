@@ -48,30 +48,14 @@ const char* type_name(mx::Dtype dtype) {
     return dtype == mx::float16 ? "float16" : "bfloat16";
 }
 
-// The function constants of rope_pool.metal, in their order.
-struct Constants {
-    std::int32_t head_dim, rotary_dim, heads_q, heads_kv, heads_per_thread;
-    bool interleaved;
-    std::int32_t source;
-    bool long_positions, long_slots;
-
-    // Every constant stands in the key, exactly: pipelines are cached by it.
-    std::string key(const std::string& name) const {
-        std::ostringstream text;
-        text << name << '_' << head_dim << '_' << rotary_dim << '_' << heads_q << '_' << heads_kv << '_'
-             << heads_per_thread << '_' << interleaved << '_' << source << '_' << long_positions << '_' << long_slots;
-        return text.str();
-    }
-
-    mx::metal::MTLFCList list() const {
-        using MTL::DataType;
-        return {{&head_dim, DataType::DataTypeInt, 0},         {&rotary_dim, DataType::DataTypeInt, 1},
-                {&heads_q, DataType::DataTypeInt, 2},          {&heads_kv, DataType::DataTypeInt, 3},
-                {&heads_per_thread, DataType::DataTypeInt, 4}, {&interleaved, DataType::DataTypeBool, 5},
-                {&source, DataType::DataTypeInt, 6},           {&long_positions, DataType::DataTypeBool, 7},
-                {&long_slots, DataType::DataTypeBool, 8}};
-    }
-};
+mx::metal::MTLFCList list_of(const Constants& c) {
+    using MTL::DataType;
+    return {{&c.head_dim, DataType::DataTypeInt, 0},         {&c.rotary_dim, DataType::DataTypeInt, 1},
+            {&c.heads_q, DataType::DataTypeInt, 2},          {&c.heads_kv, DataType::DataTypeInt, 3},
+            {&c.heads_per_thread, DataType::DataTypeInt, 4}, {&c.interleaved, DataType::DataTypeBool, 5},
+            {&c.source, DataType::DataTypeInt, 6},           {&c.long_positions, DataType::DataTypeBool, 7},
+            {&c.long_slots, DataType::DataTypeBool, 8}};
+}
 
 RopePoolRows rows_of(const mx::array& a) { return {a.strides(0), a.strides(1), a.strides(2)}; }
 
@@ -91,7 +75,7 @@ public:
 
     mx::metal::CommandEncoder& begin(const char* kernel) {
         const std::string name = kernel + suffix_;
-        pipeline_ = device_.get_kernel(name, library(device_), constants_.key(name), constants_.list());
+        pipeline_ = device_.get_kernel(name, library(device_), constants_.key(name), list_of(constants_));
         encoder_.set_compute_pipeline_state(pipeline_);
         return encoder_;
     }

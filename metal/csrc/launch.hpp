@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <string>
 
 namespace ropool::metal {
 
@@ -95,6 +96,26 @@ inline Grid grid(Kernel kernel, const Shape& shape, int width, int per_thread, s
     }
     return result;
 }
+
+// The function constants of rope_pool.metal, in their order.
+struct Constants {
+    std::int32_t head_dim, rotary_dim, heads_q, heads_kv, heads_per_thread;
+    bool interleaved;
+    std::int32_t source;
+    bool long_positions, long_slots;
+
+    // Every constant stands in the key, exactly: pipelines are cached by it.
+    std::string key(const std::string& kernel) const {
+        std::string text = kernel;
+        for (const std::int64_t value :
+             {std::int64_t{head_dim}, std::int64_t{rotary_dim}, std::int64_t{heads_q}, std::int64_t{heads_kv},
+              std::int64_t{heads_per_thread}, std::int64_t{interleaved}, std::int64_t{source},
+              std::int64_t{long_positions}, std::int64_t{long_slots}}) {
+            text += '_' + std::to_string(value);
+        }
+        return text;
+    }
+};
 
 // The grid of copy_pool: 16 bytes a thread, in rows that keep every dimension small.
 inline Grid copy_grid(std::int64_t bytes) {

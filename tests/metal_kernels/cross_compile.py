@@ -79,34 +79,21 @@ def compile_host(folder: Path) -> None:
     """Compile and link the host code for a Mac. Python's part of it needs Python's headers for a
     Mac, and is left out."""
     mlx = mac_wheel(folder)
-    headers = (mlx / "include", mlx / "include" / "metal_cpp", CORE, HERE / "mac_headers")
-    include = [f"-I{path}" for path in headers]
+    foreign = (mlx / "include", mlx / "include" / "metal_cpp", HERE / "mac_headers")
+    include = [f"-I{CORE}", *(word for path in foreign for word in ("-isystem", str(path)))]
+    sources = [METAL / "csrc" / name for name in HOST]
+    sources += [CORE / "cpu" / name for name in CORE_SOURCES]
     objects = []
-    for source in (
-        *(METAL / "csrc" / name for name in HOST),
-        *(CORE / "cpu" / n for n in CORE_SOURCES),
-    ):
+    for source in sources:
         made = folder / f"{source.stem}.o"
         zig("c++", *TARGET, "-D_METAL_", *include, "-c", str(source), "-o", str(made))
         objects.append(str(made))
     # Of Apple's own libraries only this one is named by what metal-cpp inlines.
     stub = folder / "objc.c"
     stub.write_text("void objc_msgSend(void) {}\n")
-    library = str(mlx / "lib" / "libmlx.dylib")
-    target = ("-target", "aarch64-macos.14.0", "-shared", "-Wno-everything")
-    zig(
-        "c++",
-        *target,
-        *objects,
-        "-x",
-        "c",
-        str(stub),
-        "-x",
-        "none",
-        library,
-        "-o",
-        str(folder / "t.dylib"),
-    )
+    objects += ["-x", "c", str(stub), "-x", "none", str(mlx / "lib" / "libmlx.dylib")]
+    made = folder / "linked.dylib"
+    zig("c++", *TARGET[:2], "-shared", "-Wno-everything", *objects, "-o", str(made))
 
 
 def main(folder: Path) -> None:

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -128,6 +129,14 @@ void run_kernel(const Case* test, const Shape* shape, const Buffers* buffers, Ro
     if (test->dtype == 0) run_width<float>(test->width, kernel, grid, *buffers, *params);
     else if (test->dtype == 1) run_width<half>(test->width, kernel, grid, *buffers, *params);
     else run_width<bfloat>(test->width, kernel, grid, *buffers, *params);
+}
+
+// The key of a pipeline with the nine constants in `values`, into `out`.
+void pipeline_key(const std::int32_t* values, char* out, std::size_t size) {
+    const ropool::metal::Constants constants = {values[0],      values[1], values[2],      values[3],     values[4],
+                                                values[5] != 0, values[6], values[7] != 0, values[8] != 0};
+    const std::string key = constants.key("kernel");
+    std::copy_n(key.c_str(), std::min(size, key.size() + 1), out);
 }
 
 void run_copy(void* from, void* to, std::int64_t bytes, int aligned) {

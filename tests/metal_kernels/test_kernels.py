@@ -193,6 +193,21 @@ def test_grids(lib: ctypes.CDLL, kernel: str, tokens: int, heads: tuple[int, int
             assert all(1 <= g <= t for g, t in zip(group, threads, strict=True))
 
 
+def test_every_constant_stands_in_the_pipelines_key(lib: ctypes.CDLL) -> None:
+    def key(values: list[int]) -> str:
+        out = ctypes.create_string_buffer(200)
+        lib.pipeline_key((ctypes.c_int32 * 9)(*values), out, ctypes.c_size_t(len(out)))
+        return out.value.decode()
+
+    base = [64, 32, 9, 3, 2, 0, 1, 0, 0]
+    keys = {key(base), *(key([v + (at == n) for n, v in enumerate(base)]) for at in range(9))}
+    assert len(keys) == 10
+    # Numbers that run into each other when they are only put side by side.
+    assert key([6, 43, *base[2:]]) != key([64, 3, *base[2:]])
+    constants = (METAL / "kernels" / "rope_pool.metal").read_text().count("function_constant(")
+    assert constants == len(base)
+
+
 def test_no_kernel_divides_in_its_body() -> None:
     """What stands behind a slash or a percent sign is known when the kernel is compiled."""
     text = (METAL / "kernels" / "rope_pool.metal").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -49,7 +50,7 @@ def tune(
                 fused, built_in = _measure(inputs, count)
                 found = Found(form, dtype, count, fused, built_in)
                 table = tuning.Table("metal", device.name)
-                table.measured_with["mlx"] = mx.__version__
+                table.measured_with["mlx"] = metadata.version("mlx")
                 choice = {"fused": fused <= built_in, "speedup": round(built_in / fused, 3)}
                 table.entries[tuning.subject(inputs.key(OP))] = {count: choice}
                 yield found, table
