@@ -14,6 +14,7 @@ import torch
 
 import ropool
 from ropool.bench.cuda_graphs import CudaTimer
+from ropool.bench.events import EventTimer
 from ropool.bench.scratch import Subject, arguments
 from ropool.bench.timing import Sample
 from ropool.dispatch import tuning
@@ -50,7 +51,7 @@ class Tuner:
         self.backend = backend
         self.device = device
         self.candidates = candidates_of(backend)
-        self._timer = CudaTimer(device)
+        self._timer = CudaTimer(device) if device.type == "cuda" else EventTimer(device)
 
     def tune(self, subject: Subject, tokens: int) -> tuple[Key, Found]:
         """The best layout: of all the first, then of its refinements, then the finalists once more
@@ -123,7 +124,8 @@ def tune(
 ) -> Iterator[tuple[Found, Table]]:
     """Every subject with every number of tokens; each comes with a table that holds it alone."""
     tuner = Tuner(backend, device)
-    name = torch.cuda.get_device_name(device)
+    module = torch.get_device_module(device)
+    name = module.get_device_name(device)
     made = {"ropool": ropool.__version__, "torch": torch.__version__}
     with torch.no_grad():
         for subject in subjects:
@@ -131,4 +133,4 @@ def tune(
                 key, found = tuner.tune(subject, count)
                 entries = {tuning.subject(key): {count: found.choice}}
                 yield found, Table(backend, name, made, {}, entries)
-                torch.cuda.empty_cache()
+                module.empty_cache()

@@ -34,7 +34,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     add("--variant", metavar="NAMES", help=f"of {', '.join(VARIANTS)} (all)")
     add("--tokens", metavar="T,T", help=f"({','.join(map(str, TOKENS))})")
     add("--mlx", action="store_true", help="MLX's kernels instead, beside its own operations")
-    add("--backend", default="cuda", metavar="NAME", help="(%(default)s)")
+    add("--backend", metavar="NAME", help="(cuda on NVIDIA GPUs, triton on others)")
     add(
         "--out",
         type=Path,
@@ -48,12 +48,11 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print a line for each call, and write the table after each."""
     if args.mlx:
         return run_mlx(args)
-    if not torch.cuda.is_available():
-        raise RopoolError("tune: PyTorch sees no GPU")
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = gpu()
+    backend = args.backend or ("cuda" if torch.version.cuda else "triton")
     tokens = numbers(args.tokens) or list(TOKENS)
     path: Path | None = None
-    for found, table in tune(args.backend, device, subjects(args), tokens):
+    for found, table in tune(backend, device, subjects(args), tokens):
         gain = found.before_us / found.best_us
         words = " ".join(f"{name}={value}" for name, value in found.choice.items())
         print(
@@ -96,6 +95,14 @@ def run_mlx(args: argparse.Namespace) -> int:
         path = tuning.write(table, args.out)
     print(f"wrote {path}")
     return 0
+
+
+def gpu() -> torch.device:
+    """The current GPU. Raises `RopoolError` when there is none."""
+    for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
+        if module.is_available():
+            return torch.device(kind, module.current_device())
+    raise RopoolError("tune: PyTorch sees no GPU")
 
 
 def subjects(args: argparse.Namespace) -> list[Subject]:
