@@ -72,9 +72,16 @@ def _indices(tokens: int) -> torch.Tensor:
 
 
 def _kv(
-    heads_q: int, heads_kv: int, dim: int, *, fp8: bool = False, norm: bool = False, **options: Any
+    heads_q: int,
+    heads_kv: int,
+    dim: int,
+    *,
+    tokens: int = 8192,
+    fp8: bool = False,
+    norm: bool = False,
+    **options: Any,
 ) -> Call:
-    tokens, table = 8192, _empty(8192, dim, dtype=torch.float32)
+    table = _empty(8192, dim, dtype=torch.float32)
     pool = _empty(999, 16, heads_kv, dim, dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16)
     scale = _empty(heads_kv, dtype=torch.float32) if fp8 else None
     weight = _empty(dim) if norm else None
@@ -113,6 +120,7 @@ def _rope_store_mla() -> Call:
 CASES: dict[str, Callable[[], Call]] = {
     "rope_ 32x8x128 rotary 64": lambda: _rope(64),
     "rope_store_kv_ 32x8x128": lambda: _kv(32, 8, 128),
+    "rope_store_kv_ 32x8x128 few tokens": lambda: _kv(32, 8, 128, tokens=32),
     "rope_store_kv_ 64x8x64": lambda: _kv(64, 8, 64),
     "rope_store_kv_ 32x8x128 fp8": lambda: _kv(32, 8, 128, fp8=True),
     "rope_store_kv_ 32x8x128 norm interleaved": lambda: _kv(

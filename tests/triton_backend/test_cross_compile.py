@@ -17,7 +17,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_machine_code(target: str) -> None:
-    """No spills, every row stored 16 bytes a thread, and no worse than the table says."""
+    """No spills, every row of a large call stored 16 bytes a thread, and no worse than the table says."""
     import triton
 
     table = recorded()
@@ -26,8 +26,9 @@ def test_machine_code(target: str) -> None:
         code, before = compile_for(case, target), table[case, target]
         assert code.spilled == 0, code
         assert code.wide_loads > 0, code
-        # The four scales of a 656-byte row are all that is stored in smaller pieces.
-        assert code.narrow_stores <= ("656 bytes" in case), code
+        # In smaller pieces are stored the four scales of a 656-byte row, and the halves of the
+        # heads where few tokens are spread over many threads.
+        assert code.narrow_stores <= 4 * ("few tokens" in case) + ("656 bytes" in case), code
         if triton.__version__ == VERSION and (
             code.registers > before.registers
             or code.shared_bytes > before.shared_bytes

@@ -15,12 +15,14 @@ from ropool.dispatch.tuning import Choice
 
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _VECTOR_BYTES = 16
-_SIZES = ((2, 4), (1, 4), (1, 2), (1, 1))
-"""`(warps, vectors a thread)` of a program, the preferred first: four vectors in flight a thread
-hide the latency of memory and keep a rotated tile within 64 registers."""
+_MANY = (2, 4)
+"""`(warps, vectors a thread)` where programs are many: four vectors in flight a thread hide the
+latency of memory and keep a rotated tile within 64 registers."""
+_FEW = (4, 1)
+"""Where they are few, a call lasts as long as one program does: a thread has one vector, and the
+warps of a token stand together."""
 _PROGRAMS = 8
-"""A size is taken when the call makes so many programs of it for each processor; below, smaller
-ones spread the call better."""
+"""Programs for each processor from which on they are many."""
 WARPS = (1, 2, 4, 8, 16)
 VECTORS = (1, 2, 4, 8, 16)
 
@@ -64,10 +66,12 @@ def plan(key: Key, tokens: int, lanes: int, processors: int, choice: Choice | No
     q_vectors = _vectors(key.head_dim, key)
     v_vectors = _vectors(key.latent_dim or key.v_head_dim, key)
     total = tokens * (key.heads_q * q_vectors + heads_kv * (q_vectors + v_vectors))
-    for warps, vectors in _SIZES if choice is None else [_size(choice)]:
-        budget = warps * lanes * vectors
-        if total >= budget * _PROGRAMS * processors:
-            break
+    if choice is not None:
+        warps, vectors = _size(choice)
+    else:
+        many = _MANY[0] * _MANY[1] * lanes * _PROGRAMS * processors
+        warps, vectors = _MANY if total >= many else _FEW
+    budget = warps * lanes * vectors
     return Plan(
         _block(tokens, key.heads_q, q_vectors, budget),
         _block(tokens, heads_kv, q_vectors, budget),
