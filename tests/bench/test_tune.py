@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ropool
-from ropool.bench import scratch
+from ropool.bench import events, scratch
 from ropool.bench import tune as tuner
 from ropool.bench.scratch import VARIANTS, Subject
 from ropool.cli.main import main
@@ -119,3 +119,28 @@ def test_mistakes(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert main(["tune", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_events_time_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    def call(milliseconds: float) -> None:
+        clock[0] += milliseconds
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=Event))
+    monkeypatch.setattr(events, "FLUSH_BYTES", 64)
+    sample = events.EventTimer(CPU).sampler(call, [0.001, 0.003])
+    assert sample() == pytest.approx(2.0)
+    assert sample() == pytest.approx(2.0)

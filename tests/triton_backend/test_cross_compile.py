@@ -17,7 +17,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_machine_code(target: str) -> None:
-    """No spills, every row of a large call stored 16 bytes a thread, and no worse than the table says."""
+    """No spills, rows of large calls stored 16 bytes a thread, and no worse than the table says."""
     import triton
 
     table = recorded()

@@ -51,7 +51,7 @@ class Tuner:
         self.backend = backend
         self.device = device
         self.candidates = candidates_of(backend)
-        self._timer = CudaTimer(device) if device.type == "cuda" else EventTimer(device)
+        self._timer = EventTimer(device) if device.type == "xpu" else CudaTimer(device)
 
     def tune(self, subject: Subject, tokens: int) -> tuple[Key, Found]:
         """The best layout: of all the first, then of its refinements, then the finalists once more
@@ -124,7 +124,7 @@ def tune(
 ) -> Iterator[tuple[Found, Table]]:
     """Every subject with every number of tokens; each comes with a table that holds it alone."""
     tuner = Tuner(backend, device)
-    module = torch.get_device_module(device)
+    module = torch.xpu if device.type == "xpu" else torch.cuda
     name = module.get_device_name(device)
     made = {"ropool": ropool.__version__, "torch": torch.__version__}
     with torch.no_grad():

@@ -33,7 +33,8 @@ _FIELDS = (
     *("op", "heads_q", "heads_kv", "head_dim", "v_head_dim", "latent_dim", "rotary_dim", "write_k"),
     *("model_bytes", "pool_bytes", "q_out_bytes", "packed_row", "norm"),
 )
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_BYTES |= dict.fromkeys(("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"), 1)
 
 
 def subject(key: Key) -> Subject:

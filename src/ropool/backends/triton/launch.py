@@ -8,6 +8,7 @@ addresses and one test of their alignment.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,8 @@ from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args, Launch
 
 ALIGNMENT = 16
+MOST_THREADS = 2**32 - 1
+"""Of a launch on AMD GPUs; others take more, and no call on real memory comes near."""
 _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -117,6 +120,11 @@ def bind(key: Key, args: Args, options: Options) -> Launch:
         target = driver.active.get_current_target()
         sizes = cut(key, first, target.warp_size)
         call = describe(key, args, options, sizes, True, native_fp8(target))
+        if call.grid * call.warps * target.warp_size > MOST_THREADS:
+            raise ValueError(
+                f"ropool.{key.op}: {first.shape[0]} tokens take {call.grid} programs of "
+                f"{call.warps * target.warp_size} threads; allowed: {MOST_THREADS} threads in all"
+            )
         runners = {True: _compile(key, call, args, True, index)[(call.grid, 1, 1)]}
 
     template = [_value(call, name) for name in heads_kernel.arg_names]
@@ -125,7 +133,7 @@ def bind(key: Key, args: Args, options: Options) -> Launch:
     others = [place for place in places if place not in vectored]
     current_device: Callable[[], int] = module.current_device
 
-    def launch(args: Args) -> None:
+    def prepared(args: Args) -> tuple[Callable[..., None], list[Any]]:
         values = template.copy()
         bits = 0
         for parameter, i in vectored:
@@ -135,14 +143,25 @@ def bind(key: Key, args: Args, options: Options) -> Launch:
         for parameter, i in others:
             values[parameter] = args[i].data_ptr()
         aligned = bits % ALIGNMENT == 0
-        if current_device() == index and aligned in runners:
-            runners[aligned](*values)
+        if aligned not in runners:
+            with module.device(index):
+                runners[aligned] = _compile(key, call, args, aligned, index)[(call.grid, 1, 1)]
+        return runners[aligned], values
+
+    def run(runner: Callable[..., None], values: list[Any]) -> None:
+        if current_device() == index:
+            runner(*values)
             return
         with module.device(index):
-            if aligned not in runners:
-                runners[aligned] = _compile(key, call, args, aligned, index)[(call.grid, 1, 1)]
-            runners[aligned](*values)
+            runner(*values)
 
+    def launch(args: Args) -> None:
+        run(*prepared(args))
+
+    def freeze(args: Args) -> Callable[[], None]:
+        return functools.partial(run, *prepared(args))
+
+    launch.freeze = freeze  # type: ignore[attr-defined]
     return launch
 
 
