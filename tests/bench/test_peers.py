@@ -22,8 +22,15 @@ from ropool.bench.workload import Workload, workloads
 
 CPU = torch.device("cpu")
 NAMES = (
-    *("copy", "copy.pdl", "triton.2025", "sglang", "sglang.unfused", "sglang.triton"),
-    *("sglang-0.5.20.tma", "flashinfer", "flashinfer.generated", "flashinfer.whole-query", "vllm"),
+    *("copy", "copy.pdl", "triton.2025", "sglang", "sglang.unfused", "sglang.pool"),
+    *(
+        "sglang.triton",
+        "sglang-0.5.20.tma",
+        "flashinfer",
+        "flashinfer.generated",
+        "flashinfer.whole-query",
+        "vllm",
+    ),
 )
 
 
@@ -140,5 +147,8 @@ def test_the_suite_has_every_shape_and_every_token_count() -> None:
     assert {w.tokens for w in suite if w.op == "store_mla_"} == set(MLA_TOKENS)
     [compiled] = choose(["torch.compiled"])
     assert 0 < sum(takes_part(w, compiled) for w in suite) < 60
+    [generated] = choose(["flashinfer.generated"])
+    shapes = {w.heads for w in suite if takes_part(w, generated)}
+    assert shapes == {"8x1x128", "64x8x128"}
     copies: list[Provider] = [peer for peer in PEERS if peer.name.startswith("copy")]
     assert all(takes_part(w, copy) and copy.why_not(w) is None for w in suite for copy in copies)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -93,6 +94,31 @@ def test_a_wrong_result_is_found(fault: str, said: str) -> None:
         and (fault == "key in the wrong slot" or said in wrong)
     )
     assert difference(workload, provider, right, inputs) is None  # the pool is as it was
+
+
+@torch.no_grad()
+def test_a_provider_may_clear_pages_only_if_it_says_so() -> None:
+    [workload] = workloads(["rope_store_kv_"], ["6x3x8"], ["bfloat16"], tokens=[5])
+    [provider] = choose(["ropool.reference"])
+    right = provider.build(workload)
+    inputs = make_sets(workload, CPU)[0]
+    inputs.k_pool.fill_(3.0)
+    page, row = int(inputs.slots[0]) // PAGE, int(inputs.slots[0]) % PAGE
+
+    def clearing(value: float) -> Callable[[Inputs], None]:
+        def call(x: Inputs) -> None:
+            right(x)
+            x.k_pool[page, row - 1] = value
+
+        return call
+
+    allowed = replace(provider, clears_pages=True)
+    assert difference(workload, allowed, clearing(0.0), inputs) is None
+    inputs.k_pool.fill_(3.0)
+    wrong = "k_pool: rows of other slots were written"
+    assert difference(workload, allowed, clearing(1.0), inputs) == wrong
+    inputs.k_pool.fill_(3.0)
+    assert difference(workload, provider, clearing(0.0), inputs) == wrong
 
 
 def test_unknown_provider_is_refused_with_the_known_ones() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ropool.bench.inputs import NORM_EPS, SCALE, Inputs, copied
+from ropool.bench.inputs import NORM_EPS, PAGE, SCALE, Inputs, copied
 from ropool.bench.provider import Call, Provider
 from ropool.bench.workload import Workload
 
@@ -34,7 +34,12 @@ def difference(workload: Workload, provider: Provider, call: Call, inputs: Input
     got = outputs(w, mine, returned)
     want = expected(w, inputs, provider)
     for name, pool in pools(mine):
-        as_rows(pool)[mine.slots] = as_rows(kept[name])[mine.slots]
+        rows, before = as_rows(pool), as_rows(kept[name])
+        rows[mine.slots] = before[mine.slots]
+        if provider.clears_pages:
+            page = (mine.slots // PAGE)[:, None] * PAGE + torch.arange(PAGE, device=rows.device)
+            cleared = page.flatten()[(rows[page.flatten()] == 0).all(dim=1)]
+            rows[cleared] = before[cleared]
         if not torch.equal(bits(pool), kept[name]):
             return f"{name}: rows of other slots were written"
     for name in want:

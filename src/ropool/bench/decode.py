@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ropool.bench.decode_kernels import KERNELS, NOTHING, Kernels
+from ropool.bench.decode_kernels import KERNELS, NOTHING, For, Function, Kernels
 from ropool.bench.decode_models import MODELS
 from ropool.engine.cache import KVCache, PageTable
+from ropool.engine.spec import LatentRow
 from ropool.engine.step import Span, Step, build_step
 
 BATCHES = (1, 16, 64, 256)
@@ -92,15 +93,19 @@ def one_batch(name: str, model: Any, cache: KVCache, batch: int, rounds: int) ->
         for i, table in enumerate(tables)
     ]
     step = build_step(spans, cache)
+    functions: list[Function] = []  # they own tensors that the graphs read
     replays: dict[str, Callable[[], None]] = {}
     logits: dict[str, Tensor] = {}
     notes: dict[str, str] = {}
     for kind, kernels in KERNELS.items():
-        if reason := kernels.unavailable(step.tokens.device):
+        reason = kernels.unavailable(step.tokens.device)
+        if kind != FUSED and function_of(kernels, model) is None:
+            reason = reason or "has no kernel for this model"
+        if reason is not None:
             notes[kind] = f"not supported: {reason}"
             continue
         try:
-            with replaced(model, kernels, step):
+            with replaced(model, kernels, step, functions):
                 replays[kind], logits[kind] = captured(model, step)
         except Exception as error:  # a peer's own error is a result too
             notes[kind] = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
@@ -132,15 +137,26 @@ def one_batch(name: str, model: Any, cache: KVCache, batch: int, rounds: int) ->
         cache.release(table)
 
 
-def replaced(model: Any, kernels: Kernels, step: Step) -> AbstractContextManager[object]:
-    """While it lasts, the model's attention calls `kernels` where it calls the op."""
+def replaced(
+    model: Any, kernels: Kernels, step: Step, functions: list[Function]
+) -> AbstractContextManager[object]:
+    """While it lasts, the model's attention calls `kernels` where it calls the op. What it calls is
+    added to `functions`."""
     from ropool.integrations.transformers import attention, mla
 
-    if kernels.rope_store_kv is None or kernels.rope_store_mla is None:
+    made = function_of(kernels, model)
+    if made is None:
         return nullcontext()
-    if model.spec.row.__class__.__name__ == "LatentRow":
-        return mock.patch.object(mla, "rope_store_mla_", kernels.rope_store_mla(step))
-    return mock.patch.object(attention, "rope_store_kv_", kernels.rope_store_kv(step))
+    functions.append(made(step))
+    if isinstance(model.spec.row, LatentRow):
+        return mock.patch.object(mla, "rope_store_mla_", functions[-1])
+    return mock.patch.object(attention, "rope_store_kv_", functions[-1])
+
+
+def function_of(kernels: Kernels, model: Any) -> For | None:
+    """What makes the function for the model's kind of attention."""
+    latent = isinstance(model.spec.row, LatentRow)
+    return kernels.rope_store_mla if latent else kernels.rope_store_kv
 
 
 def captured(model: Any, step: Step) -> tuple[Callable[[], None], Tensor]:

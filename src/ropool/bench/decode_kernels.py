@@ -22,7 +22,7 @@ For = Callable[[Step], Function]
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """How to rotate and store: `None` is the op itself."""
+    """How to rotate and store; `None`: there is no such kernel. With neither, the op itself."""
 
     unavailable: Unavailable
     rope_store_kv: For | None
@@ -162,17 +162,18 @@ def transformers_mla(step: Step) -> Function:
 
 
 def nothing(step: Step) -> Function:
-    """Rotates and stores nothing: what would be left of the step if the op were free."""
+    """Rotates and stores nothing: what would be left of the step if the op were free. Not for MLA:
+    the layers there have experts, and other experts are chosen when the values change."""
     return lambda *tensors, **options: None
 
 
 NOTHING = "none"
 KERNELS = {
     "ropool": Kernels(lambda device: None, None, None),
-    NOTHING: Kernels(lambda device: None, nothing, nothing),
-    "sglang": Kernels(needs("sglang", "tvm_ffi"), sglang_fused, sglang_mla),
+    NOTHING: Kernels(lambda device: None, nothing, None),
+    "sglang": Kernels(needs("sglang", "tvm_ffi"), sglang_fused, None),
     "sglang.unfused": Kernels(needs("sglang", "tvm_ffi"), sglang_unfused, sglang_mla),
     "vllm.unfused": Kernels(needs("vllm"), vllm_kv, vllm_mla),
     "transformers": Kernels(needs("transformers"), transformers_kv, transformers_mla),
 }
-"""By name; for MLA the two of SGLang are the same kernels."""
+"""By name."""

@@ -50,6 +50,8 @@ class Provider:
     """
     writes_k: bool = False
     """May also write the rotated key back into `inputs.k`."""
+    clears_pages: bool = False
+    """Zeroes rows of the pages that it writes to which hold no token yet."""
     extra_bytes: Callable[[Workload], int] = no_bytes
     """What it moves beyond the op's minimum because it cannot do less."""
     verify: Callable[[Call, Inputs], str | None] | None = None

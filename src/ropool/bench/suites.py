@@ -39,8 +39,11 @@ def gpu() -> list[Workload]:
 
 
 def takes_part(workload: Workload, provider: Provider) -> bool:
-    """Plain PyTorch takes part at one head shape of each op; compiled, for a few numbers of tokens,
-    since it compiles for each anew. Our kernels for other devices do not."""
+    """Who covers the workload. Plain PyTorch takes part at one head shape of each op; compiled, for
+    a few numbers of tokens, since it compiles for each anew. Our kernels for other devices do not.
+    """
+    if provider.why_not(workload) is not None:
+        return False
     if provider.name.startswith("torch."):
         few = provider.name != "torch.compiled" or workload.tokens in COMPILED_TOKENS
         return few and workload.heads in PYTORCH_HEADS

@@ -149,7 +149,8 @@ def quantised(w: Workload) -> Call:
 
 
 def generated(w: Workload) -> Call:
-    """Unused rows of a request's last page are left alone where that can be asked for."""
+    """Unused rows of a request's last page are left alone where that can be asked for, which the
+    fp8 kernel does not let one do."""
     policy = NORM_THEN_ROPE if w.norm else 0
     if w.q_dtype:
         run_fp8 = import_module(
@@ -236,6 +237,7 @@ PROVIDERS = (
         build=generated,
         why_not=why_not_generated,
         prepare=prepare_generated,
+        clears_pages=True,
     ),
     Provider(
         name="flashinfer.whole-query",

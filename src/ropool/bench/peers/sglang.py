@@ -1,7 +1,9 @@
 """SGLang's kernels. `sglang` is what it runs on NVIDIA GPUs: its fused RoPE and store where that
 serves the call, otherwise RoPE and store one after the other; `sglang.triton` is the kernel that it
-runs on AMD GPUs; `sglang.unfused` always rotates and stores apart; `sglang-0.5.20.tma` is the MLA
-write of an older release, looked for as the package `sglang_0_5_20`."""
+runs on AMD GPUs; `sglang.unfused` always rotates and stores apart; `sglang.pool` divides, casts and
+stores for an fp8 pool in the steps of SGLang's own pool, where `sglang` takes its Triton kernel
+that divides and stores at once; `sglang-0.5.20.tma` is the MLA write of an older release, looked
+for as the package `sglang_0_5_20`."""
 
 from __future__ import annotations
 
@@ -88,6 +90,22 @@ def store(w: Workload) -> Call:
     return call
 
 
+def pool(w: Workload) -> Call:
+    """Not in place, unlike SGLang's division, since the inputs serve more than once."""
+    module = "sglang.kernels.ops"
+    rotate = import_module(f"{module}.attention.rope").apply_rope_inplace
+    put = import_module(f"{module}.kvcache.kvcache").store_cache
+    dtype, neox = getattr(torch, w.kv_dtype), not w.interleaved
+
+    def call(x: Inputs) -> None:
+        rotate(x.q, x.k, x.table, x.positions, is_neox=neox)
+        assert x.scale is not None
+        k, v = ((part / x.scale).to(dtype).view(torch.uint8).flatten(1) for part in (x.k, x.v))
+        put(k, v, *rows(x), x.slots, reserved_skip_index=NOT_RESERVED)
+
+    return call
+
+
 def norm_then_store(w: Workload) -> Call:
     """The norm and the rotation in one kernel on the packed projection, then the store."""
     norm_rope = import_module("sglang.kernels.ops.attention.fused_qknorm_rope").fused_qk_norm_rope
@@ -153,6 +171,12 @@ def why_not_unfused(w: Workload) -> str | None:
     return None
 
 
+def why_not_pool(w: Workload) -> str | None:
+    if w.op != "rope_store_kv_" or not w.fp8 or w.norm or w.q_dtype:
+        return "rotates and stores into fp8 pools; for the others see sglang"
+    return None
+
+
 def why_not_triton(w: Workload) -> str | None:
     if w.op != "rope_store_kv_" or w.norm or w.q_dtype:
         return "rotates and stores only"
@@ -183,6 +207,14 @@ PROVIDERS = (
         unavailable=_installed,
         build=unfused,
         why_not=why_not_unfused,
+        writes_k=True,
+    ),
+    Provider(
+        name="sglang.pool",
+        version=_version,
+        unavailable=_installed,
+        build=pool,
+        why_not=why_not_pool,
         writes_k=True,
     ),
     Provider(
