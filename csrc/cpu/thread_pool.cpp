@@ -154,6 +154,7 @@ struct TeamJob {
 
 // A forked child has none of the team's threads, and GNU's runtime would wait for them for ever.
 std::atomic<bool> forked{false};
+std::atomic<bool> own_threads{false};
 
 }  // namespace
 
@@ -166,13 +167,16 @@ void install_fork_handler() {
 #endif
 }
 
+void use_own_threads() { own_threads.store(true, std::memory_order_relaxed); }
+
 void parallel_for(std::int64_t units, std::int64_t grain, int threads, RangeFn range, void* context) {
     threads = std::min(threads, usable_processors());
     if (threads <= 1 || units <= grain) {
         range(context, 0, units);
         return;
     }
-    const TeamFn team = forked.load(std::memory_order_relaxed) ? nullptr : gnu_openmp_team();
+    const bool alone = forked.load(std::memory_order_relaxed) || own_threads.load(std::memory_order_relaxed);
+    const TeamFn team = alone ? nullptr : gnu_openmp_team();
     if (team == nullptr) {
         pool().run(units, grain, threads, range, context);
         return;

@@ -16,4 +16,8 @@ void parallel_for(std::int64_t units, std::int64_t grain, int threads, RangeFn r
 // Must be called once before the first parallel_for: makes a forked child start with a pool of its own.
 void install_fork_handler();
 
+// From now on uses our own pool even where PyTorch's team is: for callers on other threads than PyTorch's, for which
+// the OpenMP runtime would make a second team beside the first.
+void use_own_threads();
+
 }  // namespace ropool::cpu

@@ -13,6 +13,7 @@ using namespace nb::literals;
 
 NB_MODULE(_ext, m) {
     ropool::cpu::install_fork_handler();
+    ropool::cpu::use_own_threads();  // MLX evaluates on threads of its own
     m.attr("mlx_version") = ROPOOL_MLX_VERSION;
 #ifdef _METAL_
     m.attr("has_gpu_kernels") = true;
