@@ -63,10 +63,11 @@ def sglang_mla(step: Step) -> Function:
 
     def call(
         q: Tensor, k_nope: Tensor, k_rope: Tensor, pool: Tensor, table: Tensor, positions: Tensor,
-        slots: Tensor, *, q_out: Tensor, interleaved: bool = False, **_: Any,
+        slots: Tensor, *, interleaved: bool = False, **_: Any,
     ) -> None:  # fmt: skip
-        q_out.copy_(q)
-        rotate(q_out, k_rope.unsqueeze(1), table, positions, is_neox=not interleaved)
+        # The kernel wants one head stride for both; the key's only head has whichever is named.
+        k = k_rope.as_strided((len(k_rope), 1, k_rope.shape[1]), (k_rope.stride(0), q.stride(1), 1))
+        rotate(q, k, table, positions, is_neox=not interleaved)
         put(pool.flatten(0, 1), slots, k_nope, k_rope, reserved_skip_index=NOT_RESERVED)
 
     return call
@@ -95,12 +96,10 @@ def vllm_mla(step: Step) -> Function:
 
     def call(
         q: Tensor, k_nope: Tensor, k_rope: Tensor, pool: Tensor, table: Tensor, positions: Tensor,
-        slots: Tensor, *, q_out: Tensor, interleaved: bool = False, **_: Any,
+        slots: Tensor, *, interleaved: bool = False, **_: Any,
     ) -> None:  # fmt: skip
-        q_out.copy_(q)
         k, rounded = k_rope.unsqueeze(1), once(tables, table, q.dtype)
-        width = q.shape[2]
-        general.rotary_embedding(positions, q_out, k, width, rounded, not interleaved, 0, False)
+        general.rotary_embedding(positions, q, k, q.shape[2], rounded, not interleaved, 0, False)
         cache.concat_and_cache_mla(k_nope, k_rope, pool, slots, "auto", one, False)
 
     return call
@@ -151,11 +150,11 @@ def transformers_mla(step: Step) -> Function:
 
     def call(
         q: Tensor, k_nope: Tensor, k_rope: Tensor, pool: Tensor, table: Tensor, positions: Tensor,
-        slots: Tensor, *, q_out: Tensor, **_: Any,
+        slots: Tensor, **_: Any,
     ) -> None:  # fmt: skip
         heads = q.transpose(0, 1).unsqueeze(0), k_rope[None, None]
         turned = apply_rotary_pos_emb_interleave(*heads, *angles(made, table, positions, q.dtype))
-        q_out.copy_(turned[0][0].transpose(0, 1))
+        q.copy_(turned[0][0].transpose(0, 1))
         pool.flatten(0, 1)[slots] = torch.cat((k_nope, turned[1][0, 0]), dim=-1)
 
     return call
