@@ -58,7 +58,12 @@ def by_engine(model: PooledModel, prompts: Answers) -> Contestant:
 
     def run() -> tuple[float, Answers]:
         # All prompts in one step, so that all requests have their first token at once.
-        engine = Engine(model, pool_tokens=slots, max_batch_tokens=sum(map(len, prompts)))
+        engine = Engine(
+            model,
+            pool_tokens=slots,
+            max_requests=len(prompts),
+            max_batch_tokens=sum(map(len, prompts)),
+        )
         params = SamplingParams(max_new_tokens=NEW_TOKENS)
         requests = [engine.add(prompt, params) for prompt in prompts]
         engine.step()
@@ -140,14 +145,13 @@ def main() -> int:
     )
     args = parser.parse_args()
     load = load_average()
-    rows = []
     for name in args.models or names:
         models = pair(name)
-        for batch in args.batch:
-            rows.append(compare(name, batch, models, args.rounds))
-            print(" ".join(f"{key}={value}" for key, value in rows[-1].items()), flush=True)
-    if args.out is not None:
-        write(rows, args.out, load)
+        rows = [compare(name, batch, models, args.rounds) for batch in args.batch]
+        for row in rows:
+            print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        if args.out is not None:
+            write(rows, args.out, load)
     return 0
 
 
