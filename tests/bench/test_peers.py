@@ -4,6 +4,8 @@ and positions in their own words."""
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 
 import pytest
@@ -152,3 +154,35 @@ def test_the_suite_has_every_shape_and_every_token_count() -> None:
     assert shapes == {"8x1x128", "64x8x128"}
     copies: list[Provider] = [peer for peer in PEERS if peer.name.startswith("copy")]
     assert all(takes_part(w, copy) and copy.why_not(w) is None for w in suite for copy in copies)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_copy_compiles(arch: str) -> None:
+    from ropool.backends.cuda import compile
+
+    try:
+        compile.compiler_version()
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"cuda.core and NVRTC are not installed: {error}")
+    for dependent in range(2 if arch == "sm_90" else 1):
+        assert compile.compile_cubin(plain_copy.source(bool(dependent)), arch)
+
+
+def test_the_2025_baseline_writes_rows() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    script = (
+        "import torch\n"
+        "from ropool.bench.check import difference\n"
+        "from ropool.bench.inputs import make_sets\n"
+        "from ropool.bench.providers import choose\n"
+        "from ropool.bench.workload import workloads\n"
+        "[peer] = choose(['triton.2025'])\n"
+        "[work] = workloads(['store_mla_'], ['2x256+64'], ['float32'], tokens=[5])\n"
+        "inputs = make_sets(work, torch.device('cpu'))[0]\n"
+        "print(difference(work, peer, peer.build(work), inputs))\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "None", done.stdout + done.stderr

@@ -41,23 +41,27 @@ def prepare(workload: Workload, x: Inputs) -> None:
         x.extra["copy"] = torch.randint(0, 256, shape, dtype=torch.uint8, device=x.slots.device)
 
 
+def source(dependent: bool) -> str:
+    """The text of the kernel."""
+    return f"#define DEPENDENT {int(dependent)}\n#define THREADS {THREADS}\n{SOURCE}"
+
+
 def build(dependent: bool, workload: Workload) -> Call:
     """Compile the copy for the current device."""
     from ropool.backends.cuda import compile, driver
 
     device = torch.cuda.current_device()
     major, minor = torch.cuda.get_device_capability(device)
-    text = f"#define DEPENDENT {int(dependent)}\n#define THREADS {THREADS}\n{SOURCE}"
     torch.cuda.current_stream()
-    kernel = compile.load(text, f"sm_{major}{minor}")
+    kernel = compile.load(source(dependent), f"sm_{major}{minor}")
     function = driver.function_of(kernel)
     count = vectors(workload)
     blocks = -(-count // THREADS)
     launch = driver.Launcher(function, device, blocks, THREADS, 2, [count], dependent)
 
     def copy(x: Inputs) -> None:
-        source, target = x.extra["copy"].unbind()
-        launch((source.data_ptr(), target.data_ptr()))
+        origin, target = x.extra["copy"].unbind()
+        launch((origin.data_ptr(), target.data_ptr()))
 
     copy.kernel = kernel  # type: ignore[attr-defined]  # keeps its module loaded
     return copy
@@ -65,10 +69,10 @@ def build(dependent: bool, workload: Workload) -> Call:
 
 def verify(call: Call, x: Inputs) -> str | None:
     """The target holds the source."""
-    source, target = x.extra["copy"].unbind()
+    origin, target = x.extra["copy"].unbind()
     target.zero_()
     call(x)
-    return None if torch.equal(source, target) else "the copy differs from its source"
+    return None if torch.equal(origin, target) else "the copy differs from its source"
 
 
 PROVIDERS = tuple(
