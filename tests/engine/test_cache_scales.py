@@ -259,6 +259,8 @@ def test_only_an_fp8_pool_has_scales(model: PooledModel) -> None:
         Engine(model, pool_tokens=64, cache_scales=CacheScales.one(model.spec))
     with pytest.raises(RopoolError, match=r"torch\.float32 has no scales to calibrate"):
         Engine(model, pool_tokens=64).calibrate([[1]])
+    with pytest.raises(RopoolError, match="no prompt to calibrate on"):
+        Engine(model, pool_tokens=64, cache_dtype=E4M3).calibrate([])
 
 
 def test_a_file_gives_back_what_was_written(model: PooledModel, tmp_path: Path) -> None:

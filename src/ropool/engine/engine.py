@@ -168,6 +168,8 @@ class Engine:
         dtype = self.cache.dtype
         if not isinstance(dtype, torch.dtype) or dtype not in FP8_DTYPES:
             raise RopoolError(f"a pool of {dtype} has no scales to calibrate; an fp8 one has")
+        if not prompts:
+            raise RopoolError("no prompt to calibrate on")
         chosen = within_limit(prompts)
         most = max(len(tokens) for tokens, _ in chosen)
         probe = Engine(self.model, pool_tokens=most, max_requests=1)
