@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from ropool.backends.cuda import compile
+from ropool.backends.cuda.choose import shape_of
 from ropool.backends.cuda.grid import grid_of
 from ropool.backends.cuda.launch import describe, source_of
-from ropool.backends.cuda.shape import LOADS, checked, possible
+from ropool.backends.cuda.shape import LOADS, Shape, checked, possible
 from ropool.backends.cuda.specialise import VECTOR_BYTES
 from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args
@@ -22,6 +23,19 @@ EARLY_TOKENS = 16384
 """Calls of more tokens are bound by bandwidth on every GPU: prefetching early is not tried."""
 BULK_TOKENS = 1024
 THREADS = (64, 128, 256)
+
+
+def in_force(key: Key, args: Args, options: Options, device: int) -> Choice:
+    """The layout that such a call has now."""
+    gpu = torch.cuda.get_device_properties(device)
+    call = describe(key, args, options, lambda name: VECTOR_BYTES)
+    shape = shape_of(call, f"sm_{gpu.major}{gpu.minor}", gpu.multi_processor_count, gpu.name)
+    default = Shape()._asdict()
+    return {
+        name: value
+        for name, value in shape._asdict().items()
+        if name != "dependent" and value != default[name]
+    }
 
 
 def layouts(key: Key, tokens: int) -> list[Choice]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from ropool.backends.cuda.shape import Shape
+from ropool.backends.cuda.shape import WARP, Shape
 from ropool.backends.cuda.specialise import Call
 
-WARP = 32
 LARGEST_GROUP = 64
 GROUP_WASTE = 1.05
 """A group of tokens is as small as can be with no more than this times the fewest blocks."""

@@ -11,6 +11,7 @@ from ropool.dispatch import tuning
 
 BULK_BYTES = 48 << 10
 """Shared memory that a block has without asking for more."""
+WARP = 32
 MOST_THREADS = 1024
 EMPTY: Mapping[str, str] = MappingProxyType({})
 LOADS = ("plain", "drop_first", "line")
@@ -51,10 +52,10 @@ def checked(choice: tuning.Choice) -> Shape:
         raise ValueError(
             f"ropool: tuning choice: loads is {shape.loads!r}; allowed: {', '.join(LOADS)}"
         )
-    if not shape.bulk and shape.threads % 32:
-        raise ValueError(
-            f"ropool: tuning choice: threads is {shape.threads}; allowed: multiples of 32"
-        )
+    fits = shape.threads <= WARP if shape.bulk else shape.threads % WARP == 0
+    if not fits:
+        allowed = "1 to 32 where bulk, else multiples of 32"
+        raise ValueError(f"ropool: tuning choice: threads is {shape.threads}; allowed: {allowed}")
     return shape
 
 

@@ -29,14 +29,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) ropool_kernel(const __grid
   __shared__ alignas(128) char rows[THREADS][BYTES];
   __shared__ alignas(8) u64 barriers[THREADS];
   let_next_kernel_start();
+  const u32 row = shared_address(rows[threadIdx.x]), barrier = shared_address(&barriers[threadIdx.x]);
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+  // The engine must see the barriers that the block has set up; a block is no larger than a warp.
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncwarp();
   const i64 token = i64(blockIdx.x) * THREADS + threadIdx.x;
   if (token >= p.tokens) return;
   const char* value = p.v + token * p.v_token * Model::size;
   const char* key = p.k + token * p.k_token * Model::size;
-  const u32 row = shared_address(rows[threadIdx.x]), barrier = shared_address(&barriers[threadIdx.x]);
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-  // The engine must see the barrier that this thread has set up.
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   if constexpr (EARLY) {
     prefetch_slot(p, token);
     prefetch_bulk(value, VALUE_BYTES);
