@@ -65,6 +65,15 @@ def test_the_fastest_layout_wins_when_it_is_faster_by_more_than_noise() -> None:
     assert (found.choice, found.best_us, found.before_us) == ({"a": 2, "b": 2}, 3.99, 10.0)
 
 
+def test_what_is_in_force_stays_when_no_other_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = {"a": 2, "b": 1}
+    monkeypatch.setattr(CANDIDATES, "in_force", lambda *asked: now, raising=False)
+    subject = scratch.subject("rope_", "4x2x8", "bfloat16", "plain")
+    assert subject is not None
+    _, found = tuner.Tuner("reference", CPU).tune(subject, 3)
+    assert (found.choice, found.best_us, found.before_us) == (now, 4.0, 4.0)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("op", OPS)
 def test_every_subject_is_a_call_of_its_op(op: str, variant: str) -> None:

@@ -57,11 +57,11 @@ def test_rules_hold_for_what_was_not_measured() -> None:
     call = described(Case(heads_q=6, heads_kv=2, head_dim=96))
     assert tuning.choice_of("cuda", DEVICE, call.key, 1) is None
     shapes = {}
-    for tokens in (1, 4096):
+    for tokens in (1, 32768):
         call.tokens = tokens
         shapes[tokens] = shape_of(call, "sm_90", 132, DEVICE)
-    assert (shapes[1].early, shapes[4096].early) == (True, False)
-    assert shapes[4096].loads == "line"
+    assert (shapes[1].early, shapes[32768].early) == (True, False)
+    assert shapes[32768].loads == "line"
     call.tokens = 1
     assert not shape_of(call, "sm_80", 132, DEVICE).early
 

@@ -71,18 +71,29 @@ class Tuner:
         times += [self._time(op, sets, choice) for choice in refined]
         choices += refined
         order = sorted(range(len(choices)), key=lambda index: times[index])[:FINALISTS]
-        finalists: list[Choice | None] = [None, *(choices[index] for index in order)]
+        finalists = [self._in_force(key, args, options), *(choices[index] for index in order)]
         samples = [self._sample(op, sets, choice) for choice in finalists]
         taken: list[list[float]] = [[] for _ in samples]
         for _ in range(FINAL_SAMPLES):
             for sample, mine in zip(samples, taken, strict=True):
                 mine.append(sample())
-        before, *medians = (statistics.median(mine) for mine in taken)
-        best = 0
-        for index, median in enumerate(medians):
+        medians = [statistics.median(mine) for mine in taken]
+        # What is in force stays unless another is faster, where the backend can say what it is.
+        best = 0 if finalists[0] is not None else 1
+        for index, median in enumerate(medians[1:], 1):
             if median < medians[best] * NO_GAIN:
                 best = index
-        return key, Found(subject, tokens, choices[order[best]], medians[best], before)
+        choice = finalists[best]
+        assert choice is not None
+        return key, Found(subject, tokens, choice, medians[best], medians[0])
+
+    def _in_force(self, key: Key, args: Any, options: Options) -> Choice | None:
+        """The layout of such a call so far."""
+        in_force = getattr(self.candidates, "in_force", None)
+        found: Choice | None = None
+        if in_force is not None:
+            found = in_force(key, args, options, self.device.index or 0)
+        return found
 
     def _sets(self, subject: Subject, tokens: int) -> list[dict[str, Any]]:
         """So many sets of arguments that no call finds what the one before left in a cache."""
