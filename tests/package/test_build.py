@@ -103,4 +103,5 @@ def test_installation_without_a_compiler_runs_and_says_why(
     assert cpu["reason"]
     assert "pip install" in cpu["hint"]
     for entry in found["kernels"]:
-        assert entry["chosen"] == entry["kernel"].startswith("reference/")
+        if entry["device"] != "mlx":  # arrays of MLX have kernels of their own
+            assert entry["chosen"] == entry["kernel"].startswith("reference/")

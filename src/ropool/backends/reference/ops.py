@@ -35,7 +35,8 @@ def rope_(
     cos, sin = gather_cos_sin(cos_sin_cache, where[..., tokens], section, mrope_interleaved)
     for heads in (q, k):
         if heads is not None:
-            heads[tokens] = rotate(heads[tokens].float(), cos, sin, interleaved).to(heads.dtype)
+            rotated = rotate(heads[tokens].float(), cos, sin, interleaved)
+            _write_back(heads, tokens, rotated, cos_sin_cache.shape[1])
 
 
 def rope_store_kv_(
@@ -75,9 +76,13 @@ def rope_store_kv_(
         key, v[tokens].float(), k_pool, v_pool, slot_mapping[tokens],
         KVLayout(layout), k_scale, v_scale, window_slot_map, padding_slot,
     )  # fmt: skip
-    _write_query(q, q_out, q_scale, tokens, query)
+    rotary_dim = cos_sin_cache.shape[1]
+    if q_out is None:
+        _write_back(q, tokens, query, rotary_dim if q_norm_weight is None else q.shape[2])
+    else:
+        _write_query(q_out, q_scale, tokens, query)
     if write_k:
-        k[tokens] = key.to(k.dtype)
+        _write_back(k, tokens, key, rotary_dim if k_norm_weight is None else k.shape[2])
 
 
 def store_kv_(
@@ -148,9 +153,12 @@ def rope_store_mla_(
     slots = pool.shape[:-1].numel()
     written, slot = writable_slots(slot_mapping[tokens], slots, window_slot_map, padding_slot)
     write_mla_rows(pool, slot[written], k_nope[tokens][written].float(), key[written], scale)
-    _write_query(q_rope, q_out, q_scale, tokens, query)
+    if q_out is None:
+        _write_back(q_rope, tokens, query, q_rope.shape[2])
+    else:
+        _write_query(q_out, q_scale, tokens, query)
     if write_k:
-        k_rope[tokens] = key.to(k_rope.dtype)
+        _write_back(k_rope, tokens, key, k_rope.shape[1])
 
 
 def _store_kv(
@@ -176,9 +184,12 @@ def _store_kv(
         )
 
 
-def _write_query(
-    q: Tensor, q_out: Tensor | None, q_scale: Tensor | None, tokens: Tensor, query: Tensor
-) -> None:
-    """Write the rotated query in place or to `q_out`."""
-    target = q if q_out is None else q_out
-    bits(target)[tokens] = bits(to_storage(query, target.dtype, q_scale))
+def _write_query(q_out: Tensor, q_scale: Tensor | None, tokens: Tensor, query: Tensor) -> None:
+    """Write float32 queries `[n, Hq, D]` to their tokens of `q_out`."""
+    bits(q_out)[tokens] = bits(to_storage(query, q_out.dtype, q_scale))
+
+
+def _write_back(heads: Tensor, tokens: Tensor, values: Tensor, changed: int) -> None:
+    """Write the first `changed` dims of float32 `values` over those of their tokens. The others
+    keep their bytes, which a conversion to float32 and back would not leave a NaN."""
+    heads[tokens, ..., :changed] = values[..., :changed].to(heads.dtype)
