@@ -36,6 +36,7 @@ PHI3 = {
     "rope_theta": 10000.0,
     "pad_token_id": 0,
 }
+PHI = {**LLAMA, "model_type": "phi"}  # its code reads a rotary width
 QWEN2_VL = {**LLAMA, "model_type": "qwen2_vl_text"}
 PLAIN = RotaryConfig(head_dim=128, rotary_dim=128, theta=500000.0, max_position=131072)
 
@@ -277,9 +278,12 @@ def test_attention_factors_of_longrope() -> None:
     assert isinstance(read.scaling, LongRopeScaling)
     assert (read.scaling.short_attention_factor, read.scaling.long_attention_factor) == (1.2, 1.2)
     mscales = {"short_mscale": 1.1, "long_mscale": 1.3}
-    read = RotaryConfig.from_hf({**PHI3, "rope_scaling": {**lists, **mscales}})
-    assert isinstance(read.scaling, LongRopeScaling)
-    assert (read.scaling.short_attention_factor, read.scaling.long_attention_factor) == (1.1, 1.3)
+    for family, expected in (("phimoe", (1.1, 1.3)), ("phi3", (None, None))):
+        older = {**PHI3, "model_type": family, "rope_scaling": {**lists, **mscales}}
+        read = RotaryConfig.from_hf(older)
+        assert isinstance(read.scaling, LongRopeScaling)
+        factors = (read.scaling.short_attention_factor, read.scaling.long_attention_factor)
+        assert factors == expected
 
 
 YARN = {"type": "yarn", "factor": 4.0}
@@ -319,9 +323,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**LLAMA, "swa_rope_theta": 1e4}, r"swa_rope_theta is 10000.0; allowed: a base for each"),
     ({**LLAMA, "hidden_size": 1000, "num_attention_heads": 3}, r"head_dim is missing"),
     ({"model_type": "llama", "rope_theta": 1e4}, r"head_dim is missing"),
-    ({**LLAMA, "partial_rotary_factor": 1.5}, r"partial_rotary_factor is 1.5; allowed: a number"),
-    ({**LLAMA, "partial_rotary_factor": 0.2}, r"rotary_dim is 25; allowed: an even integer"),
-    ({**LLAMA, "partial_rotary_factor": 0.5, "rotary_dim": 32}, r"agrees with .* width of 32"),
+    ({**PHI, "partial_rotary_factor": 1.5}, r"partial_rotary_factor is 1.5; allowed: a number"),
+    ({**PHI, "partial_rotary_factor": 0.2}, r"rotary_dim is 25; allowed: an even integer"),
+    ({**PHI, "partial_rotary_factor": 0.5, "rotary_dim": 32}, r"agrees with .* width of 32"),
     ({**LLAMA, "model_type": "nanochat"}, r"model_type is 'nanochat'; .* negative angle"),
     ({**LLAMA, "model_type": "ernie4_5_vl_moe_text"}, r"model_type is 'ernie4_5_vl_moe_text'"),
     ({**LLAMA, "rope_parameters": NESTED}, r"layer_type is None; allowed: full_attention, other"),

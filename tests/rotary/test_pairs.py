@@ -173,7 +173,32 @@ def test_no_interleaved_family_is_missing() -> None:
     assert families.INTERLEAVED_PAIRS - interleaved == {"kimi_k2"}
 
 
-def test_the_flag_goes_before_the_family() -> None:
-    config = transformers.DeepseekV3Config(rope_interleave=False)
-    assert not RotaryConfig.from_hf(config).interleaved
+def test_the_option_is_read_where_their_code_reads_it() -> None:
+    assert not RotaryConfig.from_hf(
+        transformers.DeepseekV3Config(rope_interleave=False)
+    ).interleaved
     assert RotaryConfig.from_hf(transformers.DeepseekV3Config()).interleaved
+    assert RotaryConfig.from_hf(transformers.DeepseekV2Config(rope_interleave=False)).interleaved
+    assert not RotaryConfig.from_hf(transformers.LlamaConfig(rope_interleave=True)).interleaved
+
+
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        (families.INTERLEAVE_OPTION, "config.rope_interleave"),
+        (families.LONGROPE_MSCALES, '"short_mscale"'),
+    ],
+)
+def test_who_reads_an_option(listed: frozenset[str], words: str) -> None:
+    root = Path(transformers.__file__).parent / "models"
+    readers: set[str] = set()
+    for file in root.glob("*/modeling_*.py"):
+        if words in file.read_text():
+            readers |= model_types(file.parent)
+    assert readers == listed
+
+
+def test_who_rotates_the_whole_head() -> None:
+    for family in families.WHOLE_HEAD:
+        code = modeling(family.removesuffix("_text")).__file__
+        assert not re.search("partial_rotary|rotary_pct|rotary_dim", Path(code).read_text())

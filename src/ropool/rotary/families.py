@@ -42,7 +42,28 @@ INTERLEAVED_PAIRS = frozenset(
         "youtu",
     }
 )
-"""Families that pair `(2i, 2i+1)`. A `rope_interleave` in the config goes before this list."""
+"""Families that pair `(2i, 2i+1)`."""
+
+INTERLEAVE_OPTION = frozenset({"axk1", "deepseek_v3", "glm4_moe_lite", "mistral4", "youtu"})
+"""Those of them whose code reads `rope_interleave`: neox pairs where it is false."""
+
+WHOLE_HEAD = frozenset(
+    {
+        "gemma3_text",
+        "gpt_oss",
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen2_vl",
+        "qwen2_vl_text",
+        "qwen3",
+        "qwen3_moe",
+    }
+)
+"""Families whose code rotates the whole head, whatever the config says of a rotary width."""
+
+LONGROPE_MSCALES = frozenset({"phimoe"})
+"""Families whose code reads `short_mscale` and `long_mscale`."""
 
 _SECTIONED_16_24_24 = ((16, 24, 24), False)
 _SECTIONED_8_12_12 = ((8, 12, 12), False)

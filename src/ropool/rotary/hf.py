@@ -19,6 +19,8 @@ _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | _INERT
 _COMMON |= {"mrope_section", "mrope_interleaved", "interleaved"}
 # Of jetmoe and zamba2.
 _HEAD_DIM_NAMES = ("kv_channels", "attention_head_dim")
+# Of gpt_neox and stablelm.
+_PARTIAL_NAMES = ("rotary_pct", "rope_pct")
 _LONGROPE = {"short_factor", "long_factor", "short_mscale", "long_mscale"}
 _YARN = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
 # The keys each type understands besides the common ones. The length has no part in the formulas of
@@ -59,11 +61,18 @@ def read_config(config: object, layer_type: str | None) -> RotaryConfig:
         rotary_dim=rotary_dim,
         theta=theta,
         scaling=read_scaling(fields, rope, rope_type, head_dim, factor),
-        interleaved=fields.get("rope_interleave", default=model_type in families.INTERLEAVED_PAIRS),
+        interleaved=_interleaved(fields, model_type),
         mrope_section=section,
         mrope_interleaved=mrope_interleaved,
         max_position=fields.max_position,
     )
+
+
+def _interleaved(fields: Fields, model_type: str) -> bool:
+    interleaved = model_type in families.INTERLEAVED_PAIRS
+    if model_type in families.INTERLEAVE_OPTION:
+        interleaved = fields.get("rope_interleave", default=interleaved)
+    return interleaved
 
 
 def _rope_dict(fields: Fields, layer_type: str | None) -> dict[str, Any]:
@@ -88,7 +97,8 @@ def _rope_dict(fields: Fields, layer_type: str | None) -> dict[str, Any]:
             refuse(f"layer_type is {layer_type!r}; allowed: {', '.join(sorted(by_layer))}")
         if layer_type not in by_layer:
             refuse(f"layer_type is {layer_type!r}; those layers have no rotary embedding")
-        rope = by_layer[layer_type]
+        # The library reads this one beside the dicts of the layers.
+        rope = {**by_layer[layer_type], "truncate": rope.get("truncate")}
     parameters = {name: value for name, value in rope.items() if value is not None}
     if top_theta is not None:
         parameters.setdefault("rope_theta", top_theta)
@@ -130,9 +140,17 @@ def _widths(
     head_dim = _head_dim(fields, layer_type)
     model_type = fields.get("model_type", default="")
     partial = rope.get("partial_rotary_factor")
+    whole_head = model_type in families.WHOLE_HEAD
+    if whole_head and rope_type == "default":
+        return head_dim, head_dim, 1.0
     if partial is None:
-        partial = fields.get("partial_rotary_factor", "rotary_pct", "rope_pct")
-    rotary_dim = fields.get("qk_rope_head_dim", "rotary_dim")
+        partial = fields.get("partial_rotary_factor", *(() if whole_head else _PARTIAL_NAMES))
+    if whole_head and rope_type != "proportional" and partial not in (None, 1):
+        refuse(
+            f"partial_rotary_factor is {partial!r}, with rope_type {rope_type!r}; allowed: 1, as "
+            f"{model_type} rotates the whole head"
+        )
+    rotary_dim = None if whole_head else fields.get("qk_rope_head_dim", "rotary_dim")
     if partial is None and rotary_dim is None:
         partial = families.PARTIAL_ROTARY_FACTOR.get(model_type)
     if partial is None:
@@ -148,7 +166,7 @@ def _widths(
             f"width of {rotary_dim} that the config also gives (head_dim {head_dim})"
         )
     rotary_dim = product if rotary_dim is None else rotary_dim
-    if fields.get("qk_rope_head_dim") is not None:
+    if not whole_head and fields.get("qk_rope_head_dim") is not None:
         head_dim = rotary_dim
     return head_dim, rotary_dim, partial
 
@@ -157,7 +175,8 @@ def _head_dim(fields: Fields, layer_type: str | None) -> int:
     """`D` of the layer; a layer's own goes before the model's."""
     head_dim: int | None = _layer_head_dim(fields, layer_type)
     if head_dim is None:
-        head_dim = fields.get("head_dim", "qk_rope_head_dim", *_HEAD_DIM_NAMES)
+        mla = () if fields.get("model_type") in families.WHOLE_HEAD else ("qk_rope_head_dim",)
+        head_dim = fields.get("head_dim", *mla, *_HEAD_DIM_NAMES)
     if head_dim is not None:
         return head_dim
     hidden: int = fields.get("hidden_size", "n_embd", default=0)

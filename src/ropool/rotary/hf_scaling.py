@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ropool.rotary import families
 from ropool.rotary.hf_fields import ORIGINAL_LENGTH, Fields, refuse
 from ropool.rotary.scaling import (
     DynamicNTKScaling,
@@ -62,14 +63,16 @@ def read_scaling(
         case "longrope":
             length = _original_length(fields, rope)
             given = rope.get("attention_factor")
+            # Others that have them leave them unread.
+            mscales = rope if fields.get("model_type") in families.LONGROPE_MSCALES else {}
             return LongRopeScaling(
                 short_factor=_numbers("short_factor", need("short_factor")),
                 long_factor=_numbers("long_factor", need("long_factor")),
                 original_max_position=length,
                 # A shorter context than the original one is no extension.
                 factor=max(_extension(fields, rope, length), 1.0),
-                short_attention_factor=rope.get("short_mscale", given),
-                long_attention_factor=rope.get("long_mscale", given),
+                short_attention_factor=mscales.get("short_mscale", given),
+                long_attention_factor=mscales.get("long_mscale", given),
             )
         case _:
             return None

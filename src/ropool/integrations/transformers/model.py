@@ -38,7 +38,7 @@ class PooledModel:
         self._norm = getattr(decoder, family.norm_name)
         self._head = reordered(family.head(model))
         weight = self._embed.weight
-        rotations = allocate(config, weight.device)
+        rotations = allocate(config, decoder.rotary_emb, weight.device)
         context: int = config.max_position_embeddings
         attentions = []
         for number, layer in enumerate(self._layers):
