@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
-from ropool.engine import Request, SamplingParams
+from ropool.engine import Request, SamplingParams, sampling
 from ropool.engine.sampling import sample
 
 
@@ -41,7 +43,30 @@ def test_greedy_and_sampled_requests_share_a_batch() -> None:
     assert sample(logits, mixed) == [best[0], alone[0], best[2]]
 
 
-@pytest.mark.parametrize("params", [{"temperature": 1e-30}, {"temperature": 1, "top_p": 1e-9}])
+@pytest.mark.parametrize(
+    "params",
+    [{"temperature": 1e-30}, {"temperature": 1, "top_p": 1e-9}, {"temperature": 1, "top_p": 1e-46}],
+)
 def test_extremes_are_greedy(params: dict[str, float]) -> None:
     logits = 1000 * torch.randn(20, 50)
     assert sample(logits, requests(20, **params)) == logits.argmax(-1).tolist()
+
+
+def test_a_row_of_nan_leaves_the_others_alone() -> None:
+    logits = torch.randn(2, 50)
+    expected = sample(logits, requests(2, temperature=1.0))
+    logits[0] = torch.nan
+    chosen = sample(logits, requests(2, temperature=1.0))
+    assert chosen[1] == expected[1] and 0 <= chosen[0] < 50
+
+
+def test_a_step_that_fails_costs_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = requests(2, temperature=1.0)
+    logits = torch.randn(2, 50)
+    expected = sample(logits, requests(2, temperature=1.0))
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lost"):
+        patch.setattr(sampling, "_invert", Mock(side_effect=RuntimeError("the device is lost")))
+        sample(logits, pair)
+    assert sample(logits, pair) == expected
+    pair[0].tokens.append(expected[0])
+    assert pair[0].draw() != requests(1)[0].draw()

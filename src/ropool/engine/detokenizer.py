@@ -12,8 +12,8 @@ class Detokenizer:
     """Turns tokens into pieces of text that add up to the text of the whole answer, special tokens
     left out.
 
-    Only a short tail is decoded again for each token: the tokens since the last piece, and those of
-    the piece before as their context.
+    Only a short tail is decoded again for each token: the tokens since the last piece that had
+    text, and those of that piece as their context.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -27,7 +27,8 @@ class Detokenizer:
         piece = self._pending()
         if piece.endswith(_INCOMPLETE):
             return ""
-        self._tail = self._tail[self._emitted :]
+        if piece:  # a special token alone is no context: after it a word would begin the text
+            self._tail = self._tail[self._emitted :]
         self._emitted = len(self._tail)
         return piece
 

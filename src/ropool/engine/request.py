@@ -63,7 +63,15 @@ class Request:
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.tokens)
-        self.random = random.Random(self.params.seed)
+        self._random = random.Random(self.params.seed)
+        self._drawn = (-1, 0.0)  # number of tokens, and what was drawn for the next one
+
+    def draw(self) -> float:
+        """The random number, 0 to 1, that chooses the next token; the same until it is appended, so
+        that a step that failed and is run again gives the same text."""
+        if self._drawn[0] != len(self.tokens):
+            self._drawn = len(self.tokens), self._random.random()
+        return self._drawn[1]
 
     @property
     def output(self) -> list[int]:

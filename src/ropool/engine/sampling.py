@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ropool.engine.request import Request
 
+_LEAST_TOP_P = torch.finfo(torch.float32).tiny
+"""Less would be 0 in float32, and the nucleus empty."""
+
 
 def sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     """The next token of each request from its row of `logits` `[N, vocab]` float32.
@@ -20,11 +23,11 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     rows = [row for row, request in enumerate(requests) if request.params.temperature > 0]
     if rows:
         params = [requests[row].params for row in rows]
-        draws = [requests[row].random.random() for row in rows]
+        draws = [requests[row].draw() for row in rows]
         drawn = _invert(
             logits[torch.tensor(rows, device=logits.device)],
             torch.tensor([[max(p.temperature, 1e-6)] for p in params], device=logits.device),
-            torch.tensor([[p.top_p] for p in params], device=logits.device),
+            torch.tensor([[max(p.top_p, _LEAST_TOP_P)] for p in params], device=logits.device),
             torch.tensor([[draw] for draw in draws], device=logits.device),
         )
         for row, token in zip(rows, drawn.tolist(), strict=True):
@@ -42,5 +45,6 @@ def _invert(logits: Tensor, temperature: Tensor, top_p: Tensor, draw: Tensor) ->
     nucleus = probabilities.masked_fill(before >= top_p, 0.0).cumsum(-1)
     place = torch.searchsorted(nucleus, draw * nucleus[:, -1:], right=True)
     # Rounding can put the draw at the very end: the last token that is in the nucleus.
-    last = (before < top_p).sum(-1, keepdim=True) - 1
+    # Of a row of NaN no token is: the first one then, so that the other rows get theirs.
+    last = ((before < top_p).sum(-1, keepdim=True) - 1).clamp(min=0)
     return tokens.gather(-1, torch.minimum(place, last))[:, 0]
