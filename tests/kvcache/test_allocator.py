@@ -67,6 +67,13 @@ def test_a_leak_is_named() -> None:
         allocator.check_no_leak()
 
 
+def test_a_pool_of_any_size_costs_nothing_at_first() -> None:
+    allocator = SlotAllocator(10**30, 16)
+    assert allocator.allocate(3) == [0, 1, 2]
+    allocator.free([1])
+    assert allocator.allocate(2) == [1, 3] and allocator.free_pages == 10**30 - 4
+
+
 def test_pages_for_rounds_up() -> None:
     allocator = SlotAllocator(8, 16)
     assert [allocator.pages_for(n) for n in (0, 1, 16, 17)] == [0, 1, 1, 2]

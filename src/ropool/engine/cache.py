@@ -3,11 +3,21 @@ holds."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from ropool.engine.pools import CacheDtype, LatentCache, LayerCache, Pool, new_pool, pool_dtype
+from ropool.engine.pools import (
+    CacheDtype,
+    LatentCache,
+    LayerCache,
+    Pool,
+    new_pool,
+    pool_dtype,
+    row_bytes,
+)
 from ropool.engine.scales import CacheScales
 from ropool.engine.spec import ModelSpec
 from ropool.errors import RopoolError
@@ -44,8 +54,8 @@ class KVCache:
         max_batch_tokens: int,
         dtype: CacheDtype | None = None,
     ) -> None:
-        if pool_tokens < 1:
-            raise RopoolError(f"pool of {pool_tokens} tokens; it must hold at least 1")
+        if not isinstance(pool_tokens, int) or pool_tokens < 1:
+            raise RopoolError(f"pool of {pool_tokens} tokens; allowed: an integer of at least 1")
         pages = -(-pool_tokens // PAGE_SIZE)
         self.spec = spec
         self.allocator = SlotAllocator(pages, PAGE_SIZE)
@@ -55,6 +65,10 @@ class KVCache:
 
         self.dtype = pool_dtype(spec, dtype)
         windowed = sum(window is not None for window in spec.windows)
+        slot_bytes = row_bytes(spec.row, self.dtype) * (len(spec.windows) - windowed)
+        # Layers with a window have a slot map at least.
+        if pages * PAGE_SIZE * max(slot_bytes, 8) > _most_memory(spec.device):
+            raise MemoryError
         self.pools: dict[bool, Pool] = {}
         if windowed < len(spec.windows):
             self.pools[False] = self._new_pool(len(spec.windows) - windowed, pages)
@@ -173,6 +187,14 @@ class KVCache:
             backing = [self.window_map.window_page(page) for page in fresh]
             if backed := [page for page in backing if page >= 0]:
                 self.pools[True].clear(backed)
+
+
+def _most_memory(device: torch.device) -> int:
+    """Bytes that no pool exceeds. Those of a CPU are asked for first: a system may hand out more
+    than it has."""
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 2**63 - 1
 
 
 def _window(spec: ModelSpec) -> int | None:

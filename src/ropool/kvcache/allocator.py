@@ -27,8 +27,10 @@ class SlotAllocator:
             )
         self.pages = pages
         self.page_size = page_size
-        self._free = list(range(pages - 1, -1, -1))  # a stack; a fresh pool hands out 0, 1, 2, ...
-        self._used = bytearray(pages)
+        # Nothing here is as large as the pool, which may be one that no memory holds.
+        self._free: list[int] = []  # given back: a stack
+        self._fresh = 0  # this page and those after it were never handed out
+        self._used: set[int] = set()
         self._peak = 0
 
     @property
@@ -39,12 +41,12 @@ class SlotAllocator:
     @property
     def free_pages(self) -> int:
         """Pages that can be allocated now."""
-        return len(self._free)
+        return self.pages - len(self._used)
 
     @property
     def used_slots(self) -> int:
         """Slots of the pages that are handed out. At the end of all requests: the slots leaked."""
-        return (self.pages - len(self._free)) * self.page_size
+        return len(self._used) * self.page_size
 
     @property
     def peak_used_slots(self) -> int:
@@ -59,15 +61,17 @@ class SlotAllocator:
         """Take `count` pages. Raises `PoolExhaustedError`, and takes none, when fewer are free."""
         if count < 0:
             raise ValueError(f"SlotAllocator.allocate: count is {count}, must not be negative")
-        if count > len(self._free):
+        if count > self.free_pages:
             raise PoolExhaustedError(
-                f"SlotAllocator.allocate: {count} pages asked for, {len(self._free)} of "
+                f"SlotAllocator.allocate: {count} pages asked for, {self.free_pages} of "
                 f"{self.pages} are free"
             )
-        taken = [self._free.pop() for _ in range(count)]
-        for page in taken:
-            self._used[page] = 1
-        self._peak = max(self._peak, self.pages - len(self._free))
+        taken = [self._free.pop() for _ in range(min(count, len(self._free)))]
+        fresh = count - len(taken)
+        taken += range(self._fresh, self._fresh + fresh)
+        self._fresh += fresh
+        self._used.update(taken)
+        self._peak = max(self._peak, len(self._used))
         return taken
 
     def free(self, pages: Iterable[int]) -> None:
@@ -78,15 +82,15 @@ class SlotAllocator:
                 raise ValueError(
                     f"SlotAllocator.free: page {page} is outside of the pool's {self.pages} pages"
                 )
-            if not self._used[page]:
+            if page not in self._used:
                 raise ValueError(f"SlotAllocator.free: page {page} is free already (double free)")
-            self._used[page] = 0
+            self._used.remove(page)
             self._free.append(page)
 
     def check_no_leak(self) -> None:
         """Raise `RuntimeError` naming the pages that are still handed out; for use when nothing
         should be."""
-        leaked = [page for page in range(self.pages) if self._used[page]]
+        leaked = sorted(self._used)
         if leaked:
             shown = ", ".join(map(str, leaked[:8])) + (", ..." if len(leaked) > 8 else "")
             raise RuntimeError(
