@@ -280,9 +280,16 @@ BAD_FILES = {
         '{"k_scale": [1, 1], "v_scale": [1, 1, 1]}',
         r"k_scale is \[2\]; allowed: \[3\] or \[3, 2\]",
     ),
+    "a large number": (f'{{"k_scale": [1{"0" * 400}, 1, 1]}}', "has no cache scales"),
+    "deep": ("[" * 100000, "has no cache scales"),
     "zero": ('{"k_scale": [1, 1, 1], "v_scale": [1, 0, 1]}', "v_scale of layer 1 is 0.0"),
     "NaN": ('{"k_scale": [NaN, 1, 1], "v_scale": [1, 1, 1]}', "k_scale of layer 0 is nan"),
 }
+
+
+def test_a_file_that_is_not_there(model: PooledModel, tmp_path: Path) -> None:
+    with pytest.raises(RopoolError, match=r"cannot read .*none\.json: No such file"):
+        CacheScales.read(tmp_path / "none.json", model.spec)
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
@@ -334,8 +341,12 @@ def test_scales_in_the_files_of_a_model_are_used(tmp_path: Path) -> None:
 def test_bad_scales_in_the_files_of_a_model_are_refused(
     change: dict[str, Tensor | None], message: str, tmp_path: Path
 ) -> None:
+    model, _ = load(str(directory_with_scales(tmp_path, change)))
+    Engine(model, pool_tokens=64).generate([[1, 2, 3]], PARAMS)
     with pytest.raises(RopoolError, match=message):
-        load(str(directory_with_scales(tmp_path, change)))
+        Engine(model, pool_tokens=64, cache_dtype=E4M3)
+    one = CacheScales.one(model.spec)
+    assert Engine(model, pool_tokens=64, cache_dtype=E4M3, cache_scales=one).cache.scales is one
 
 
 def test_scales_of_heads_in_the_files_of_a_model(tmp_path: Path) -> None:

@@ -226,6 +226,19 @@ def test_what_cannot_be_expressed_is_refused(name: str, option: str, value: obje
         PooledModel(tiny.build(name, **{option: value}))
 
 
+@pytest.mark.parametrize("name", ["mistral-window", "phi3", "qwen2-some-windows"])
+def test_a_window_of_nothing_is_refused(name: str) -> None:
+    with pytest.raises(RopoolError, match="sliding_window is 0; allowed: None or at least 1"):
+        PooledModel(tiny.build(name, sliding_window=0))
+
+
+def test_a_model_in_training_is_evaluated() -> None:
+    model = tiny.build("gpt_neox", hidden_dropout=0.5).train()
+    pooled = PooledModel(model)
+    answers = [Engine(pooled, pool_tokens=64).generate([[1, 2, 3]], PARAMS) for _ in range(2)]
+    assert answers[0][0].output == answers[1][0].output
+
+
 def test_a_family_that_is_not_covered_is_named() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from engine import tiny_files
 from engine.bytes_tokenizer import END_ID
+from ropool.cli import generate as command
 from ropool.cli.main import main
+from ropool.errors import RopoolError
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +131,7 @@ def test_16_bit_models(directory: str, capsys: pytest.CaptureFixture[str]) -> No
         assert as_json(capsys, "Hi", *options)["outputs"][0]["tokens"]
 
 
+FP8 = ["--kv-cache-dtype", "fp8_e4m3"]
 MISTAKES = {
     "unknown model": (["Hi", "--model", "no-such-model"], "unknown model 'no-such-model'"),
     "prompt too long": (["x" * 300, "--model", "DIR"], "the model's context holds 256"),
@@ -136,6 +141,22 @@ MISTAKES = {
         ["Hi", "--model", "DIR", "--pool-tokens", "9" * 14],
         "does not fit the memory",
     ),
+    **{
+        f"a pool of {digits} digits": (
+            ["Hi", "--model", "DIR", "--pool-tokens", "9" * digits],
+            "does not fit the memory",
+        )
+        for digits in (10, 11, 23)
+    },
+    "scales to save without fp8": (
+        ["Hi", "--model", "DIR", "--save-kv-cache-scales", "/no/file"],
+        "a KV pool of auto has no scales to save",
+    ),
+    "nowhere to save scales": (
+        ["Hi", *FP8, "--model", "DIR", "--save-kv-cache-scales", "/no/file"],
+        "/no/file",
+    ),
+    "scales of a folder": (["Hi", *FP8, "--model", "DIR", "--kv-cache-scales", "/"], "read /: Is"),
     "no prompt": (["--model", "DIR"], "no prompt"),
     "no text": (["caf\udce9", "--model", "DIR"], "is not UTF-8 text"),
     "a file that is no text": (["--prompts-file", sys.executable], "is not UTF-8 text"),
@@ -168,6 +189,48 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1 and message in captured.err
+
+
+def test_scales_that_cannot_be_saved_cost_no_work(
+    directory: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "load", Mock(side_effect=RopoolError("loaded")))
+    saved = tmp_path / "scales.json"
+    arguments = ["Hi", "--model", directory, "--save-kv-cache-scales"]
+    assert generate(*arguments, str(saved)) == 2
+    assert "has no scales to save" in capsys.readouterr().err
+    assert generate(*arguments, str(tmp_path), *FP8) == 2
+    assert "loaded" not in capsys.readouterr().err
+    assert generate(*arguments, str(saved), *FP8) == 2
+    assert "loaded" in capsys.readouterr().err and not saved.exists()
+
+
+def test_a_chat_template_that_refuses(
+    directory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no users') }}")
+    assert generate("Hi", "--model", str(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "chat template fails: no users (see --no-chat-templ" in error
+
+
+def test_what_the_generation_config_asks_for_is_named(
+    directory: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    options = {"repetition_penalty": 1.3, "suppress_tokens": [1, 2], "do_sample": True, "top_k": 5}
+    (tmp_path / "generation_config.json").write_text(json.dumps(options))
+    arguments = ["Hi", "--max-new-tokens", "1", "--model"]
+    assert generate(*arguments, str(tmp_path)) == 0
+    unread = "repetition_penalty is 1.3, suppress_tokens is [1, 2]"
+    line = f"ropool: the model's generation config is not applied: {unread}\n"
+    assert capsys.readouterr().err == line
+    assert generate(*arguments, directory) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_the_first_token_is_timed_from_the_start_of_the_process(directory: str) -> None:

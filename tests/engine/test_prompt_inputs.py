@@ -94,6 +94,15 @@ def test_images_that_do_not_fit_their_prompt_are_refused() -> None:
     pixels, grid = torch.zeros(16, 48), torch.tensor([[1, 4, 4]])
     with pytest.raises(RopoolError, match="has 3 image tokens; the images have 4 features"):
         image_inputs(PooledModel(tiny.build("qwen2_vl")), [1, *[IMAGE] * 3, 2], pixels, grid)
+    model = PooledModel(tiny.build("qwen2_vl"))
+    twice = torch.zeros(32, 48), torch.tensor([[1, 4, 4]] * 2)
+    with pytest.raises(RopoolError, match=r"in runs of \[8\]; allowed: .* of \[4, 4\]"):
+        image_inputs(model, [1, *[IMAGE] * 8, 2], *twice)
+    with pytest.raises(RopoolError, match=r"in runs of \[2, 2\]; allowed: .* of \[4\]"):
+        image_inputs(model, [1, IMAGE, IMAGE, 5, IMAGE, IMAGE, 2], pixels, grid)
+    for wrong in (pixels[:8], grid), (pixels, grid[0]), (pixels, grid[:, :2]):
+        with pytest.raises(RopoolError, match=r"image_grid_thw is .*; allowed: \[images, 3\]"):
+            image_inputs(model, [1, *[IMAGE] * 4, 2], *wrong)
     with pytest.raises(RopoolError, match="family 'llama'; allowed: qwen2_vl"):
         image_inputs(PooledModel(tiny.build("llama")), [1, 2], pixels, grid)
 
@@ -135,6 +144,9 @@ def test_positions_end_with_the_context() -> None:
         ("qwen2_vl", PromptInputs(torch.zeros(3, 4)), r"float32 \[3, 4\]; allowed: int32 or int64"),
         ("qwen2_vl", PromptInputs(torch.zeros(4).long()), r"int64 \[4\]; allowed"),
         ("qwen2_vl", PromptInputs(torch.full((3, 4), -1)), "a position is -1; allowed: at least 0"),
+        ("qwen2_vl", PromptInputs([[0] * 4] * 3), "positions are list; allowed: a tensor"),
+        ("llama", PromptInputs(None, {1: [[0.0] * 64]}), "1 -> list; allowed: an integer -> a ten"),
+        ("llama", PromptInputs(None, {0.5: torch.zeros(1, 64)}), "0.5 -> Tensor; allowed: an int"),
         ("llama", PromptInputs(None, {1: torch.zeros(2, 63)}), r"token 1 on are \[2, 63\]; .*64\]"),
         ("llama", PromptInputs(None, {3: torch.zeros(2, 64)}), "3 on; free are tokens 0 to 3"),
         (

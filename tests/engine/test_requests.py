@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy
 import pytest
 import torch
 
@@ -36,8 +39,14 @@ def test_a_pool_too_small_for_one_request_is_refused(model: PooledModel) -> None
         engine.add([1] * 20, SamplingParams(max_new_tokens=14))
     assert len(engine.generate([[1] * 20], SamplingParams(max_new_tokens=13))[0].output) == 13
     assert engine.cache.allocator.peak_used_slots == 32
-    with pytest.raises(RopoolError, match="pool of 0 tokens"):
-        Engine(model, pool_tokens=0)
+    for tokens in (0, 64.5):
+        with pytest.raises(RopoolError, match=f"pool of {tokens} tokens; allowed: an integer"):
+            Engine(model, pool_tokens=tokens)  # type: ignore[arg-type]
+
+
+def test_more_requests_than_tokens_of_a_step_are_refused(model: PooledModel) -> None:
+    with pytest.raises(RopoolError, match="max_requests=9, max_batch_tokens=8; allowed: 1 <="):
+        Engine(model, pool_tokens=64, max_requests=9, max_batch_tokens=8)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +63,15 @@ def test_an_empty_prompt_is_refused(model: PooledModel) -> None:
         Engine(model, pool_tokens=32).add([])
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, numpy.array, set], ids=["torch", "numpy", "set"])
+def test_a_prompt_that_is_no_list_is_refused(model: PooledModel, kind: Any) -> None:
+    engine = Engine(model, pool_tokens=32, cache_dtype=torch.float8_e4m3fn)
+    with pytest.raises(RopoolError, match=r"the prompt is \w+; allowed: a list of integers"):
+        engine.add(kind([1, 2, 3]))
+    with pytest.raises(RopoolError, match=r"the prompt is \w+; allowed: a list of integers"):
+        engine.calibrate([kind([1, 2, 3])])
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -63,6 +81,9 @@ def test_an_empty_prompt_is_refused(model: PooledModel) -> None:
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"seed": -1}, "seed is -1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, must be an integer"),
+        ({"seed": 1.5}, "seed is 1.5, must be an integer"),
+        ({"temperature": None}, "temperature is None, must be a number"),
     ],
 )
 def test_sampling_params_are_checked(options: dict[str, float], message: str) -> None:

@@ -21,6 +21,7 @@ from ropool.engine.pools import CacheDtype, pool_dtype, row_bytes
 from ropool.errors import RopoolError
 from ropool.integrations.transformers import load
 from ropool.kvcache import MLAFormat
+from ropool.kvcache.mha import FP8_DTYPES
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 CACHE_DTYPES: dict[str, CacheDtype | None] = {
@@ -115,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
     mend."""
     params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.seed)
     prompts = _prompts(args)
+    if args.save_kv_cache_scales is not None:
+        _check_scales_file(args)
     cache.clear()  # `chosen` is then what this run bound
     logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
@@ -141,8 +144,7 @@ def run(args: argparse.Namespace) -> int:
     requests = [engine.add(prompt, params) for prompt in tokens]
     first_token = _generate(engine, requests, prompts, show=not args.json)
     if args.save_kv_cache_scales is not None:
-        if engine.cache.scales is None:
-            raise RopoolError(f"a KV pool of {engine.cache.dtype} has no scales to save")
+        assert engine.cache.scales is not None  # an fp8 pool has them after its first step
         engine.cache.scales.write(Path(args.save_kv_cache_scales), model.spec)
     if args.json:
         report = _report(args.model, opened.device, engine, requests, prompts)
@@ -235,6 +237,19 @@ def _dtype(name: str, device: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def _check_scales_file(args: argparse.Namespace) -> None:
+    """Before the work is done that would be lost."""
+    if CACHE_DTYPES[args.kv_cache_dtype] not in FP8_DTYPES:
+        raise RopoolError(
+            f"--save-kv-cache-scales: a KV pool of {args.kv_cache_dtype} has no scales to save"
+        )
+    path = Path(args.save_kv_cache_scales)
+    new = not path.exists()
+    path.open("ab").close()
+    if new:
+        path.unlink()
+
+
 def _scales(name: str, spec: ModelSpec) -> CacheScales | None:
     if name == "auto":
         return None
@@ -244,11 +259,13 @@ def _scales(name: str, spec: ModelSpec) -> CacheScales | None:
 def _encode(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
     if chat and tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
-        return list(
-            tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-        )
+        options = {"add_generation_prompt": True, "return_dict": True}
+        try:
+            return list(tokenizer.apply_chat_template(message, **options)["input_ids"])
+        except Exception as error:  # a template is a program of the model's
+            raise RopoolError(
+                f"the model's chat template fails: {error} (see --no-chat-template)"
+            ) from error
     return list(tokenizer(prompt)["input_ids"])
 
 

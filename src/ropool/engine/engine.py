@@ -125,6 +125,8 @@ class Engine:
         """
         params = params or SamplingParams()
         limit, slots = self.model.spec.max_position, self.cache.allocator.slots
+        if not isinstance(prompt, Sequence):
+            raise RopoolError(f"the prompt is {type(prompt).__name__}; allowed: a list of integers")
         if not prompt:
             raise RopoolError("the prompt is empty: it has no token")
         vocabulary = self.model.spec.vocabulary

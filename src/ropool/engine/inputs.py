@@ -40,6 +40,12 @@ class PromptInputs:
             self._check_positions(self.positions, tokens, spec)
         if self.embeddings and not spec.takes_embeddings:
             raise RopoolError("the prompt has embeddings; this model is covered without them only")
+        for first, rows in self.embeddings.items():
+            if not isinstance(first, int) or not isinstance(rows, Tensor):
+                raise RopoolError(
+                    f"embeddings has {first!r} -> {type(rows).__name__}; allowed: an integer -> a "
+                    "tensor"
+                )
         end = 0
         for first, rows in sorted(self.embeddings.items()):
             if rows.dim() != 2 or rows.shape[1] != spec.hidden_size:
@@ -57,6 +63,8 @@ class PromptInputs:
     def _check_positions(self, positions: Tensor, tokens: int, spec: ModelSpec) -> None:
         if spec.position_streams != 3:
             raise RopoolError("the prompt has 3-D positions; allowed: for models with M-RoPE only")
+        if not isinstance(positions, Tensor):
+            raise RopoolError(f"the positions are {type(positions).__name__}; allowed: a tensor")
         integer = positions.dtype in (torch.int32, torch.int64)
         if positions.shape != (3, tokens) or not integer:
             raise RopoolError(

@@ -15,8 +15,12 @@ class CausalModel(Protocol):
     """A language model whose attention writes to, and reads from, the pools of a `Step`."""
 
     spec: ModelSpec
-    cache_scales: CacheScales | None
-    """Of an fp8 pool, where the model's files have them."""
+
+    @property
+    def cache_scales(self) -> CacheScales | None:
+        """Of an fp8 pool, where the model's files have them. Raises `RopoolError` when those are
+        none."""
+        ...
 
     def forward(self, step: Step) -> Tensor:
         """Write K and V of the step's tokens into the pools; return the logits, `[N, vocab]`

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import random
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 from ropool.engine.cache import PageTable
 from ropool.engine.detokenizer import Detokenizer
@@ -36,6 +37,13 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for kind, name, options in (
+            (Integral, "an integer", ("max_new_tokens", "seed")),
+            (Real, "a number", ("temperature", "top_p")),
+        ):
+            for option in options:
+                if not isinstance(value := getattr(self, option), kind):
+                    raise RopoolError(f"{option} is {value!r}, must be {name}")
         if self.max_new_tokens < 1:
             raise RopoolError(f"max_new_tokens is {self.max_new_tokens}, must be at least 1")
         if not 0.0 <= self.temperature < float("inf"):

@@ -39,7 +39,10 @@ class CacheScales:
             )
         except KeyError as error:
             raise RopoolError(f"{path} has no cache scales {error}") from error
-        except (ValueError, TypeError) as error:  # no JSON, no object, ragged lists, no numbers
+        except OSError as error:
+            raise RopoolError(f"cannot read {path}: {error.strerror}") from error
+        # No JSON, no object, ragged lists, no numbers; numbers too large, lists too deep.
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise RopoolError(f"{path} has no cache scales: {error}") from error
         scales.check(spec)
         return scales

@@ -11,6 +11,7 @@ from collections import deque
 
 from ropool.engine.cache import KVCache
 from ropool.engine.request import Request
+from ropool.errors import RopoolError
 
 
 class Scheduler:
@@ -23,7 +24,7 @@ class Scheduler:
 
     def __init__(self, cache: KVCache, *, max_requests: int, max_batch_tokens: int) -> None:
         if not 1 <= max_requests <= max_batch_tokens:
-            raise ValueError(
+            raise RopoolError(
                 f"Scheduler: max_requests={max_requests}, max_batch_tokens={max_batch_tokens}; "
                 "allowed: 1 <= max_requests <= max_batch_tokens, as each may decode in a step"
             )

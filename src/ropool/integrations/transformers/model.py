@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from ropool.engine.scales import CacheScales
 from ropool.engine.spec import ModelSpec
 from ropool.engine.step import Step
+from ropool.errors import RopoolError
 from ropool.integrations.transformers.families import family_of
 from ropool.integrations.transformers.linear import reordered
 from ropool.integrations.transformers.rotation import allocate
@@ -19,7 +22,8 @@ class PooledModel:
     """Runs a loaded `...ForCausalLM`. Its attention modules are replaced, so the model can no
     longer be called itself.
 
-    `original` is that model, for what stands beside its language model, such as a vision part.
+    `original` is that model, for what stands beside its language model, such as a vision part; it
+    is put in evaluation mode. `read_scales` finds the scales of an fp8 pool in the model's files.
     Embedding, decoder layers, norms and head are the model's own modules; only the loop over the
     layers is done here, since the library's would also compute cos/sin tables and masks that
     nothing reads.
@@ -28,8 +32,8 @@ class PooledModel:
     """
 
     def __init__(self, model: Any) -> None:
-        self.original = model
-        self.cache_scales: CacheScales | None = None
+        self.original = model.eval()
+        self.read_scales: Callable[[], CacheScales | None] = lambda: None
         family = family_of(model.config.model_type)
         config = model.config.get_text_config(decoder=True)
         decoder = family.decoder(model)
@@ -60,6 +64,11 @@ class PooledModel:
             device=weight.device,
         )
 
+    @cached_property
+    def cache_scales(self) -> CacheScales | None:
+        """Of an fp8 pool, and read only when there is one: other pools have no use for them."""
+        return self.read_scales()
+
     @torch.inference_mode()
     def forward(self, step: Step) -> Tensor:
         """See `ropool.engine.model.CausalModel`."""
@@ -74,6 +83,8 @@ class PooledModel:
 
 def _window(window: int | None, context: int) -> int | None:
     """One that holds the whole context is none: such layers need no pool of their own."""
+    if window is not None and window < 1:
+        raise RopoolError(f"sliding_window is {window}; allowed: None or at least 1")
     return None if window is None or window >= context else window
 
 
