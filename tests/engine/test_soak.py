@@ -131,12 +131,8 @@ def _answers_alone(
 
 
 def _is_close_call(logits: Tensor, request: Request) -> bool:
-    draws = random.Random()
-    draws.setstate(request.random.getstate())
-    number = draws.random()
-    twin: Any = SimpleNamespace(
-        params=request.params, random=SimpleNamespace(random=lambda: number)
-    )
+    # The number that is drawn stays until a token is appended.
+    twin: Any = SimpleNamespace(params=request.params, draw=request.draw)
     noise = torch.Generator().manual_seed(0)
     noisy = logits + NOISE * (2 * torch.rand(16, logits.shape[1], generator=noise) - 1)
     return len(set(sample(noisy, [twin] * len(noisy)))) > 1
