@@ -12,9 +12,23 @@ def register_all() -> None:
     """Register the built-in backends and kernels; no backend is imported."""
     register_backend(BackendSpec("cpu", "ropool.backends.cpu:available"))
     register_backend(BackendSpec("reference", "ropool.backends.reference:available"))
-    register_backend(BackendSpec("triton", "ropool.backends.triton:available"))
-    register_backend(BackendSpec("cuda", "ropool.backends.cuda:available"))
-    register_backend(BackendSpec("metal", "ropool.backends.metal:available"))
+    register_backend(
+        BackendSpec(
+            "triton",
+            "ropool.backends.triton:available",
+            "ropool.backends.triton.plan:check_tuning",
+        )
+    )
+    register_backend(
+        BackendSpec(
+            "cuda", "ropool.backends.cuda:available", "ropool.backends.cuda.choose:check_tuning"
+        )
+    )
+    register_backend(
+        BackendSpec(
+            "metal", "ropool.backends.metal:available", "ropool.backends.metal:check_tuning"
+        )
+    )
     register_backend(BackendSpec("mlx", "ropool.backends.mlx:available"))
     for backend, priority in (("metal", 100), ("mlx", 0)):
         for op in ("rope_store_kv_", "store_kv_"):

@@ -29,10 +29,13 @@ class Device:
 @dataclass(frozen=True, slots=True)
 class BackendSpec:
     """How a family of kernels is built. `available` names a `module:function` that takes nothing
-    and returns `None`, or in words why the backend cannot be used in this process."""
+    and returns `None`, or in words why the backend cannot be used in this process. `check_tuning`,
+    where it has tuning tables, names one that takes a table and raises `ValueError` for choices or
+    rules that the backend does not know."""
 
     name: str
     available: str
+    check_tuning: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,82 +8,38 @@ never the numbers of another device.
 
 from __future__ import annotations
 
-import json
-import math
+import contextlib
+import fcntl
 import os
-import re
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
-from ropool.dispatch import cache
+from ropool.dispatch import cache, registry
 from ropool.dispatch.key import Key
+from ropool.dispatch.spec import load
+from ropool.dispatch.tuning_table import Choice, Subject, Table, dump, file_name, parse, subject
 
-FORMAT = 1
-Choice = Mapping[str, Any]
-"""How a kernel is laid out, in the words of its backend."""
-Subject = tuple[tuple[str, Any], ...]
-"""The fields of a key that a table is indexed by, those at their default left out."""
-
-_FIELDS = (
-    *("op", "heads_q", "heads_kv", "head_dim", "v_head_dim", "latent_dim", "rotary_dim", "write_k"),
-    *("model_bytes", "pool_bytes", "q_out_bytes", "packed_row", "norm"),
-)
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_BYTES |= dict.fromkeys(("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz"), 1)
-
-
-def subject(key: Key) -> Subject:
-    """What of `key` decides how much work a token is. Formats of one width share an entry; so do
-    layouts, pairings and index dtypes, which change an address or a permutation, not the bytes."""
-    found: dict[str, Any] = {name: getattr(key, name) for name in _FIELDS[:8]}
-    found |= {
-        "model_bytes": _BYTES[key.dtype],
-        "pool_bytes": _BYTES.get(key.pool_dtype or ""),
-        "q_out_bytes": _BYTES.get(key.q_out_dtype or ""),
-        "packed_row": key.row_format == "fp8_ds_mla",
-        "norm": key.q_norm_dtype is not None or key.k_norm_dtype is not None,
-    }
-    return tuple((name, value) for name, value in found.items() if value not in (None, 0, False))
-
-
-@dataclass(slots=True)
-class Table:
-    """What was measured for `backend` on devices that call themselves `device`.
-
-    `entries` maps a subject to choices by the number of tokens that they were measured with;
-    `rules` is what the backend does for subjects without an entry, in its own words.
-    `measured_with` names versions.
-    """
-
-    backend: str
-    device: str
-    measured_with: dict[str, str] = field(default_factory=dict)
-    rules: dict[str, Any] = field(default_factory=dict)
-    entries: dict[Subject, dict[int, Choice]] = field(default_factory=dict)
-
-    def choice(self, key: Key, tokens: int) -> Choice | None:
-        """The choice that was measured with the number of tokens nearest in ratio to `tokens`."""
-        choices = self.entries.get(subject(key))
-        if not choices:
-            return None
-        return choices[min(choices, key=lambda count: (abs(math.log(count / tokens)), count))]
-
-    def update(self, other: Table) -> None:
-        """Take over what `other` holds; it goes before what is here."""
-        self.measured_with |= other.measured_with
-        self.rules |= other.rules
-        for what, choices in other.entries.items():
-            self.entries[what] = self.entries.get(what, {}) | choices
-
-
-def file_name(backend: str, device: str) -> str:
-    """The name of a table's file, such as `cuda-nvidia-h200.json`."""
-    return f"{backend}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+__all__ = [
+    "Choice",
+    "Subject",
+    "Table",
+    "check",
+    "choice_of",
+    "dump",
+    "file_name",
+    "forget",
+    "parse",
+    "subject",
+    "table_of",
+    "trying",
+    "user_folder",
+    "writable",
+    "write",
+]
 
 
 def user_folder() -> Path:
@@ -94,63 +50,86 @@ def user_folder() -> Path:
     return Path(named) if named else Path(base, "ropool", "tuning")
 
 
-def parse(text: str, source: str) -> Table:
-    """The table in the JSON `text` that comes from `source`. Raises `ValueError` for a text that
-    is no table."""
-    try:
-        content = json.loads(text)
-        if content["format"] != FORMAT:
-            raise ValueError(f"format is {content['format']}, this version reads {FORMAT}")
-        table = Table(content["backend"], content["device"])
-        table.measured_with = dict(content.get("measured_with", {}))
-        table.rules = dict(content.get("rules", {}))
-        for entry in content.get("entries", []):
-            choices: dict[int, Choice] = {
-                int(tokens): dict(choice) for tokens, choice in entry["choices"].items()
-            }
-            if any(tokens < 1 for tokens in choices):
-                raise ValueError("a number of tokens is less than 1")
-            table.entries[tuple((n, entry[n]) for n in _FIELDS if n in entry)] = choices
-        return table
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"ropool: {source} is no tuning table ({type(error).__name__}: {error}); "
-            "delete it, or write it anew with `ropool tune`"
-        ) from error
-
-
-def dump(table: Table) -> str:
-    """The JSON text of a table, a line for each entry."""
-    head = {"format": FORMAT, "backend": table.backend, "device": table.device}
-    head |= {"measured_with": table.measured_with, "rules": table.rules}
-    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
-    entries = [
-        "  " + json.dumps(dict(what) | {"choices": {str(t): choices[t] for t in sorted(choices)}})
-        for what, choices in sorted(table.entries.items(), key=repr)
-    ]
-    listed = ",\n".join(entries)
-    return "{\n" + ",\n".join(lines) + f',\n "entries": [\n{listed}\n ]\n}}\n'
-
-
 def write(table: Table, folder: Path) -> Path:
     """Write `table` into `folder` in one step, in front of what its file there held before; returns
-    the file."""
-    path = folder / file_name(table.backend, table.device)
+    the file. A file that is no table is replaced. Processes that write at once wait for each
+    other, so none loses what another wrote."""
     folder.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        whole = parse(path.read_text(encoding="utf-8"), str(path))
+    path = folder / file_name(table.backend, table.device)
+    with _locked(path):
+        whole = _read(path, table.backend, table.device) or Table(table.backend, table.device)
         whole.update(table)
-        table = whole
-    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".new-")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(dump(table))
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".new-")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(dump(whole))
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
     forget()
     return path
+
+
+def writable(folder: Path) -> None:
+    """Make `folder` and a file in it, which is gone again. Raises `OSError` where that fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".new-")
+    os.close(descriptor)
+    os.unlink(temporary)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of the table at `path`: a file beside it, which stays. A file system without
+    locks does without."""
+    descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _read(path: Path, backend: str, device: str) -> Table | None:
+    """The user's table at `path`, or `None` when no file there can be read. One that is no table of
+    `backend` and `device`, or that another user could have written, is named in a warning and left
+    out: a call must not fail for what only makes it faster."""
+    try:
+        with path.open("rb") as file:
+            facts, content = os.fstat(file.fileno()), file.read()
+    except OSError:
+        return None
+    try:
+        if facts.st_uid not in (os.geteuid(), 0):
+            raise ValueError(f"{path} belongs to another user")
+        if facts.st_mode & 0o002:
+            raise ValueError(f"{path} can be written by everyone")
+        table = parse(content, str(path))
+        if (table.backend, table.device) != (backend, device):
+            raise ValueError(
+                f"{path} is the table of {table.backend!r} on {table.device!r}, "
+                f"not of {backend!r} on {device!r}"
+            )
+        check(table, path)
+    except ValueError as error:
+        warnings.warn(
+            f"ropool: {error}; it is ignored: delete it, or write it anew with `ropool tune`",
+            stacklevel=2,
+        )
+        return None
+    return table
+
+
+def check(table: Table, source: object) -> None:
+    """Have the backend read what is in `table` in its words. Raises `ValueError`."""
+    for spec in registry.backends():
+        if spec.name == table.backend and spec.check_tuning:
+            try:
+                load(spec.check_tuning)(table)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{source}: {type(error).__name__}: {error}") from error
 
 
 _tables: dict[tuple[str, str], Table] = {}
@@ -164,10 +143,12 @@ def table_of(backend: str, device: str) -> Table:
     if found is None:
         name = file_name(backend, device)
         found = Table(backend, device)
-        user = user_folder() / name
-        for source in (resources.files(__package__).joinpath("tables", name), user):
-            if source.is_file():
-                found.update(parse(source.read_text(encoding="utf-8"), str(source)))
+        ours = resources.files(__package__).joinpath("tables", name)
+        if ours.is_file():
+            found.update(parse(ours.read_bytes(), str(ours)))
+        users = _read(user_folder() / name, backend, device)
+        if users is not None:
+            found.update(users)
         _tables[backend, device] = found
     return found
 

@@ -27,6 +27,31 @@ def shape_of(call: Call, arch: str, processors: int, device: str) -> Shape:
     return possible(shape, call)
 
 
+def check_tuning(table: tuning.Table) -> None:
+    """Raise `ValueError` for a choice that no kernel has, or for rules that `_by_rules` does not
+    know."""
+    for choices in table.entries.values():
+        for choice in choices.values():
+            checked(choice)
+    rules = table.rules
+    for choice, held in rules.get("early_turned", ()):
+        checked(choice)
+        _whole("early_turned", held)
+    checked({"loads": rules.get("loads", "plain")})
+    for name in ("short_row_bytes", "early_copied"):
+        _whole(name, rules.get(name, 0))
+    bulk = rules.get("bulk")
+    if bulk is not None:
+        for name in ("tokens", "rows", "early_bytes"):
+            _whole(f"bulk: {name}", bulk[name])
+        checked({"bulk": True, "threads": bulk["rows"]})
+
+
+def _whole(name: str, value: object) -> None:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"rule {name} is {value!r}; allowed: whole numbers")
+
+
 def _by_rules(call: Call, processors: int, rules: dict[str, Any]) -> tuning.Choice:
     """What holds for calls without an entry of their own. The rules of a table count threads and
     tokens a multiprocessor, so that they follow the size of the call."""

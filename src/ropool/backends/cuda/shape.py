@@ -48,6 +48,10 @@ def checked(choice: tuning.Choice) -> Shape:
         value = getattr(shape, name)
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"ropool: tuning choice: {name} is {value!r}; allowed: 1 to {most}")
+    for name in ("dependent", "early", "joint", "bulk"):
+        value = getattr(shape, name)
+        if type(value) is not bool:
+            raise ValueError(f"ropool: tuning choice: {name} is {value!r}; allowed: true, false")
     if shape.loads not in LOADS:
         raise ValueError(
             f"ropool: tuning choice: loads is {shape.loads!r}; allowed: {', '.join(LOADS)}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ropool.dispatch.key import Key
     from ropool.dispatch.spec import Device
+    from ropool.dispatch.tuning import Table
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -19,6 +20,18 @@ def available() -> str | None:
     except ImportError as error:
         return f"ropool-metal cannot be used ({error}); in a clone: pip install ./metal"
     return None
+
+
+def check_tuning(table: Table) -> None:
+    """Raise `ValueError` for a choice or a rule that `ropool.mlx.policy` does not know."""
+    for choices in table.entries.values():
+        for choice in choices.values():
+            if type(choice.get("fused")) is not bool:
+                raise ValueError(f"fused is {choice.get('fused')!r}; allowed: true, false")
+    for rule in table.rules.get("built_in", []):
+        for name in ("most_heads_kv", "least_tokens"):
+            if type(rule.get(name)) is not int:
+                raise ValueError(f"{name} is {rule.get(name)!r}; allowed: whole numbers")
 
 
 def supports(key: Key, device: Device) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ropool.dispatch.key import Key
-from ropool.dispatch.tuning import Choice
+from ropool.dispatch.tuning import Choice, Table
 
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _VECTOR_BYTES = 16
@@ -80,9 +80,16 @@ def plan(key: Key, tokens: int, lanes: int, processors: int, choice: Choice | No
     )
 
 
+def check_tuning(table: Table) -> None:
+    """Raise `ValueError` for a choice that is none."""
+    for choices in table.entries.values():
+        for choice in choices.values():
+            _size(choice)
+
+
 def _size(choice: Choice) -> tuple[int, int]:
     for name, allowed in (("warps", WARPS), ("vectors", VECTORS)):
-        if choice.get(name) not in allowed:
+        if type(choice.get(name)) is not int or choice[name] not in allowed:
             raise ValueError(
                 f"ropool: a tuning table of the triton backend has {name} {choice.get(name)!r}; "
                 f"allowed: {', '.join(map(str, allowed))}"
