@@ -35,6 +35,21 @@ def test_it_writes_the_rows(inner: bool) -> None:
     assert torch.equal(pool, want)
 
 
+@pytest.mark.parametrize("heads", [0, 2])
+@pytest.mark.parametrize(("place", "name"), [(2, "cache_k_nope"), (3, "cache_k_rope")])
+def test_a_part_with_another_number_of_heads_than_one_is_refused(
+    place: int, name: str, heads: int
+) -> None:
+    given = list(call())
+    given[place] = given[place][:, None].repeat(1, heads, 1)
+    message = rf"{name} has shape \[4, {heads}, \d+\], {heads} heads; allowed: \[T, W\] or"
+    with pytest.raises(ValueError, match=f"ropool.set_mla_kv_buffer: {message}"):
+        ropool.set_mla_kv_buffer(*given)
+    assert not given[0].any()
+    with pytest.raises(ValueError, match=f"ropool.can_use_set_mla_kv_buffer: {message}"):
+        ropool.can_use_set_mla_kv_buffer(*given)
+
+
 def test_there_is_no_bulk_copy_engine_on_a_cpu() -> None:
     for form in ("bulk", "registers", "triton"):
         answer = ropool.can_use_set_mla_kv_buffer(*call(), form=form)

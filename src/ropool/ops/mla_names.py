@@ -39,9 +39,10 @@ def set_mla_kv_buffer(
         cache_k_rope: `[T, R]` or `[T, 1, R]`, rotated already.
 
     Raises:
-        ValueError, TypeError: as `store_mla_`, in its names; nothing has been written.
+        ValueError, TypeError: as `store_mla_`, in its names, and for a part with another number of
+            heads than one; nothing has been written.
     """
-    store_mla_(_rows(cache_k_nope), _rows(cache_k_rope), kv_buffer, loc)
+    store_mla_(*_parts("set_mla_kv_buffer", cache_k_nope, cache_k_rope), kv_buffer, loc)
 
 
 def can_use_set_mla_kv_buffer(
@@ -71,8 +72,9 @@ def can_use_set_mla_kv_buffer(
         raise ValueError(
             f"ropool.can_use_set_mla_kv_buffer: form is {form!r}; known: {', '.join(FORMS)}"
         )
-    args = (_rows(cache_k_nope), _rows(cache_k_rope), kv_buffer, loc)
-    call = described("can_use_set_mla_kv_buffer", "store_mla_", args, {})
+    own = "can_use_set_mla_kv_buffer"
+    args = (*_parts(own, cache_k_nope, cache_k_rope), kv_buffer, loc)
+    call = described(own, "store_mla_", args, {})
     key, options = call.key()
     device = device_of(kv_buffer.device)
     specs = [spec for spec in kernels("store_mla_") if spec.backend == FORMS[form]]
@@ -85,6 +87,18 @@ def can_use_set_mla_kv_buffer(
     return Usable(None)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """`[T, 1, W]` as `[T, W]`."""
-    return tensor[:, 0] if isinstance(tensor, Tensor) and tensor.dim() == 3 else tensor
+def _rows(function: str, name: str, tensor: Tensor) -> Tensor:
+    """`[T, 1, W]` as `[T, W]`. Raises `ValueError` for another number of heads."""
+    if not isinstance(tensor, Tensor) or tensor.dim() != 3:
+        return tensor
+    if tensor.shape[1] != 1:
+        raise ValueError(
+            f"ropool.{function}: {name} has shape {list(tensor.shape)}, {tensor.shape[1]} heads; "
+            "allowed: [T, W] or [T, 1, W], as MLA keeps one row for each token"
+        )
+    return tensor[:, 0]
+
+
+def _parts(function: str, nope: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
+    """Both parts of the rows, without a dimension for heads."""
+    return _rows(function, "cache_k_nope", nope), _rows(function, "cache_k_rope", rope)
