@@ -132,6 +132,7 @@ def test_what_cannot_run_has_a_row_that_says_why(
         (["--heads", "8"], "heads are '8'"),
         (["--tokens", "1,x"], "tokens is 'x'"),
         (["--tokens", ""], "tokens is ''"),
+        (["--tokens", "0"], "bench: tokens is '0'; allowed: whole numbers from 1"),
         (["--tokens", "9" * 13], "T=9999999999999 does not fit the memory of cpu"),
         (["--rounds", "0"], "--rounds is 0"),
     ],

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ropool
+from ropool import dispatch
 from ropool.bench import events, scratch
 from ropool.bench import tune as tuner
 from ropool.bench.scratch import VARIANTS, Subject
@@ -116,6 +117,13 @@ def test_without_a_gpu_there_is_nothing_to_tune(capsys: pytest.CaptureFixture[st
         (["--dtype", "int8"], "tune: dtype is 'int8'; known: bfloat16"),
         (["--variant", "fast"], "tune: variant is 'fast'; known: plain, norm"),
         (["--heads", "4x512+64", "--op", "rope_"], "do not go together"),
+        (["--heads", "4"], "ropool: tune: heads are '4'; expected"),
+        (["--tokens", "0"], "ropool: tune: tokens is '0'; allowed: whole numbers from 1"),
+        (["--tokens", "8,-3"], "ropool: tune: tokens is '-3'; allowed"),
+        (["--tokens", "9" * 5000], "ropool: tune: tokens is '9999"),
+        (["--backend", "nope"], "ropool: tune: backend is 'nope'; known: cpu, reference"),
+        (["--backend", "metal"], "ropool: tune: backend metal cannot be used: because"),
+        (["--backend", "reference", "--out", "/proc/none/here"], "cannot write to /proc/none/here"),
     ],
 )
 def test_mistakes(
@@ -126,8 +134,13 @@ def test_mistakes(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        dispatch, "unavailable", lambda name: "because" if name == "metal" else None
+    )
+    monkeypatch.setattr(tuner, "Tuner", None)  # nothing is measured
     assert main(["tune", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_events_time_a_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ class Subject:
 
 def subject(op: str, heads: str, dtype: str, variant: str) -> Subject | None:
     """The subject, or `None` when these do not go together."""
-    shape = combine(op, parse_heads(heads), dtype, "auto", 1)
+    shape = combine(op, parse_heads(heads, "tune"), dtype, "auto", 1)
     if variant not in VARIANTS:
         raise RopoolError(f"tune: variant is {variant!r}; known: {', '.join(VARIANTS)}")
     only = {"norm": ("rope_store_kv_",), "write_k": ("rope_store_kv_",)}

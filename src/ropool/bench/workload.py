@@ -133,8 +133,11 @@ def workloads(
     return list(found)
 
 
-def parse_heads(form: str) -> Workload:
-    """The shape in `HqxHkxD` (`32x8x128`) or, for MLA, `HqxL+R` (`128x512+64`)."""
+def parse_heads(form: str, command: str = "bench") -> Workload:
+    """The shape in `HqxHkxD` (`32x8x128`) or, for MLA, `HqxL+R` (`128x512+64`).
+
+    Raises `RopoolError` in the name of `command`.
+    """
     shape = Workload(
         op="", heads_q=0, heads_kv=1, head_dim=0, rotary_dim=0, dtype="", kv_dtype="", tokens=0
     )
@@ -149,8 +152,8 @@ def parse_heads(form: str) -> Workload:
         if heads_q and latent and dim and dim % 2 == 0:
             return shape
     raise RopoolError(
-        f"bench: heads are {form!r}; expected HqxHkxD with Hq a multiple of Hk, as 32x8x128, or "
-        "HqxL+R for MLA, as 128x512+64; D and R even"
+        f"{command}: heads are {form!r}; expected HqxHkxD with Hq a multiple of Hk, as 32x8x128, "
+        "or HqxL+R for MLA, as 128x512+64; D and R even"
     )
 
 

@@ -43,6 +43,7 @@ DEVICES = ("cpu", "cuda")
 DEFAULT_ROUNDS = 21
 WRONG_RESULT = 1
 BUSY_LOAD = 0.5
+MOST_DIGITS = 18
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -217,12 +218,14 @@ def listed(value: str | None) -> list[str]:
     return [item.strip() for item in value.split(",")] if value is not None else []
 
 
-def numbers(value: str | None) -> list[int]:
-    """The whole numbers of a comma-separated option."""
+def numbers(value: str | None, command: str = "bench") -> list[int]:
+    """The numbers of tokens of a comma-separated option of `command`."""
     items = listed(value)
     for item in items:
-        if not item.isdecimal():
-            raise RopoolError(f"bench: tokens is {item!r}; expected whole numbers, as 1,16,256")
+        if not item.isdecimal() or len(item) > MOST_DIGITS or int(item) < 1:
+            raise RopoolError(
+                f"{command}: tokens is {item!r}; allowed: whole numbers from 1, as 1,16,256"
+            )
     return [int(item) for item in items]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ropool import dispatch
 from ropool.bench.scratch import VARIANTS, Subject, subject
 from ropool.bench.tune import tune
 from ropool.bench.workload import DTYPES
@@ -49,10 +50,11 @@ def run(args: argparse.Namespace) -> int:
     if args.mlx:
         return run_mlx(args)
     device = gpu()
-    backend = args.backend or ("cuda" if torch.version.cuda else "triton")
-    tokens = numbers(args.tokens) or list(TOKENS)
+    wanted, tokens = subjects(args), numbers(args.tokens, "tune") or list(TOKENS)
+    backend = usable(args.backend or ("cuda" if torch.version.cuda else "triton"))
+    check_out(args.out)
     path: Path | None = None
-    for found, table in tune(backend, device, subjects(args), tokens):
+    for found, table in tune(backend, device, wanted, tokens):
         gain = found.before_us / found.best_us
         words = " ".join(f"{name}={value}" for name, value in found.choice.items())
         print(
@@ -84,8 +86,10 @@ def run_mlx(args: argparse.Namespace) -> int:
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise RopoolError(f"tune: dtype is {dtype!r}; known: {', '.join(DTYPES)}")
+    tokens = numbers(args.tokens, "tune") or list(MLX_TOKENS)
+    check_out(args.out)
     path: Path | None = None
-    for found, table in mlx_tune.tune(forms, dtypes, numbers(args.tokens) or list(MLX_TOKENS)):
+    for found, table in mlx_tune.tune(forms, dtypes, tokens):
         gain = found.built_in_us / found.fused_us
         print(
             f"{'x'.join(map(str, found.heads))} {found.dtype} T={found.tokens}: MLX"
@@ -103,6 +107,25 @@ def gpu() -> torch.device:
         if module.is_available():
             return torch.device(kind, module.current_device())
     raise RopoolError("tune: PyTorch sees no GPU")
+
+
+def usable(backend: str) -> str:
+    """`backend`, where it can run in this process. Raises `RopoolError` for another."""
+    known = [spec.name for spec in dispatch.backends()]
+    if backend not in known:
+        raise RopoolError(f"tune: backend is {backend!r}; known: {', '.join(known)}")
+    reason = dispatch.unavailable(backend)
+    if reason is not None:
+        raise RopoolError(f"tune: backend {backend} cannot be used: {reason}")
+    return backend
+
+
+def check_out(folder: Path) -> None:
+    """Raise `RopoolError` where no table can be written, before anything is measured."""
+    try:
+        tuning.writable(folder)
+    except OSError as error:
+        raise RopoolError(f"tune: cannot write to {folder} (--out): {error.strerror}") from error
 
 
 def subjects(args: argparse.Namespace) -> list[Subject]:
