@@ -84,7 +84,7 @@ $(STAMPS)/demo-mlx: $(STAMPS)/demo $(METAL_INPUTS)
 		$(PIP) $(EDITABLE) '.[engine$(comma)mlx]' && { $(METAL_INSTALL); })
 	@touch $@
 
-.PHONY: demo demo-mlx test dev lint format typecheck docs pytest bench bench-gpu verify-gpu verify-xpu verify-mac sanitize clean help
+.PHONY: demo demo-mlx test dev lint format typecheck docs pytest bench bench-gpu verify-gpu verify-xpu verify-mac verify-metal sanitize clean help
 
 demo: $(STAMPS)/demo ## generate text with real weights
 	@$(BIN)/ropool generate "$(PROMPT)"
@@ -192,4 +192,4 @@ clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) $(XPU) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
