@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +81,19 @@ def test_missing_cpu_kernels_come_with_the_way_to_get_them(
     assert "pip install --force-reinstall" in entry["hint"]
     assert ("apt-get install g++" in entry["hint"]) == (compiler is None)
     assert entry["hint"] in doctor.as_text({**doctor.report(), "backends": [entry]})
+
+
+def test_the_folder_of_compiled_kernels_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(dispatch, "unavailable", lambda name: None)
+    monkeypatch.setenv("ROPOOL_CUDA_CACHE", str(tmp_path))
+    tmp_path.chmod(0o700)
+    assert doctor.backend("cuda")["cache"] == f"kept in {tmp_path}"
+    tmp_path.chmod(0o755)
+    entry = doctor.backend("cuda")
+    assert entry["cache"].startswith(f"not kept in {tmp_path}: others can enter it (mode 0755)")
+    assert entry["cache"] in doctor.as_text({**doctor.report(), "backends": [entry]})
 
 
 def test_source_is_the_folder_that_an_editable_installation_came_from(

@@ -99,6 +99,37 @@ def test_a_folder_that_others_can_enter_is_not_used(compiled: list[str]) -> None
     assert compiled == ["a", "a"]
 
 
+def test_an_empty_variable_means_the_default(
+    compiled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ROPOOL_CUDA_CACHE", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compile.cache_folder() == tmp_path / "ropool" / "cuda"
+
+
+def test_why_nothing_is_kept(
+    compiled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache"
+    assert compile.cache_place() == (folder, None)
+    folder.chmod(0o755)
+    assert compile.cache_place() == (
+        folder,
+        "others can enter it (mode 0755); chmod 700 mends it",
+    )
+    folder.chmod(0o700)
+    for variable, words in (("link", "it is a link"), ("link/file/cache", "it cannot be made")):
+        (folder / "file").touch()
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(folder)
+        monkeypatch.setenv("ROPOOL_CUDA_CACHE", str(tmp_path / variable))
+        reason = compile.cache_place()[1]
+        assert reason is not None and reason.startswith(words)
+    monkeypatch.setenv("ROPOOL_CUDA_CACHE", str(folder))
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    assert compile.cache_place()[1] == "it belongs to another user"
+
+
 def test_a_cache_that_cannot_be_made_costs_a_compilation(
     compiled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

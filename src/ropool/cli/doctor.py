@@ -12,6 +12,7 @@ import torch
 import ropool
 from ropool import dispatch
 from ropool.backends import cpu
+from ropool.backends.cuda import compile
 from ropool.cli import probes
 from ropool.dispatch import Device, settings
 from ropool.ops._device import device_of
@@ -66,9 +67,17 @@ def backend(name: str) -> dict[str, Any]:
     found = {"backend": name, "available": reason is None, "reason": reason, "hint": None}
     if name == "cpu" and reason is None:
         found["isa"] = probes.guarded(cpu.isa)
+    elif name == "cuda" and reason is None:
+        found["cache"] = probes.guarded(cuda_cache)
     elif name == "cpu":
         found["hint"] = probes.guarded(probes.how_to_build)
     return found
+
+
+def cuda_cache() -> str:
+    """Where compiled CUDA kernels are kept, or why they are not."""
+    folder, reason = compile.cache_place()
+    return f"kept in {folder}" if reason is None else f"not kept in {folder}: {reason}"
 
 
 def devices(accelerators: Any) -> list[str]:
@@ -117,6 +126,8 @@ def as_text(found: dict[str, Any]) -> str:
         state = "available" if entry["available"] else f"not available: {entry['reason']}"
         if isinstance(isa := entry.get("isa"), dict):
             state += f", instruction set {isa['chosen']} of {' '.join(isa['available'])}"
+        if "cache" in entry:
+            state += f", compiled kernels {entry['cache']}"
         lines += table([(entry["backend"], state)])
         if entry["hint"]:
             lines.append(f"    {entry['hint']}")

@@ -73,8 +73,14 @@ def cubin(text: str, arch: str) -> bytes:
 def cache_folder() -> Path | None:
     """The private folder of compiled kernels, created if need be: `ROPOOL_CUDA_CACHE`, or
     `ropool/cuda` in the user's cache directory. `None` when there is none that can be trusted."""
-    named = os.environ.get("ROPOOL_CUDA_CACHE")
-    if named is not None:
+    folder, reason = cache_place()
+    return folder if reason is None else None
+
+
+def cache_place() -> tuple[Path, str | None]:
+    """The folder that is meant for compiled kernels, created if need be, and why none are kept
+    there, or `None`."""
+    if named := os.environ.get("ROPOOL_CUDA_CACHE"):
         folder = Path(named)
     else:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -82,10 +88,16 @@ def cache_folder() -> Path | None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
-    except OSError:
-        return None
-    private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
-    return folder if private and found.st_uid == os.geteuid() else None
+    except OSError as error:
+        return folder, f"it cannot be made ({error.strerror})"
+    if not stat.S_ISDIR(found.st_mode):
+        return folder, "it is a link, not a folder"
+    if found.st_uid != os.geteuid():
+        return folder, "it belongs to another user"
+    if found.st_mode & 0o077:
+        mode = stat.S_IMODE(found.st_mode)
+        return folder, f"others can enter it (mode {mode:04o}); chmod 700 mends it"
+    return folder, None
 
 
 def _read(path: Path) -> bytes | None:
