@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from dataclasses import dataclass
+from typing import NoReturn
 
 import pytest
 import torch
@@ -27,6 +28,13 @@ class Backend:
 def required_backends() -> set[str]:
     """`ROPOOL_REQUIRE_BACKENDS=cpu`: there, a backend that is missing is a failure, not a skip."""
     return {name for name in os.environ.get("ROPOOL_REQUIRE_BACKENDS", "").split(",") if name}
+
+
+def without_compiler(name: str, reason: str) -> NoReturn:
+    """Skip the test, or fail it where `ROPOOL_REQUIRE_COMPILERS` (`nvrtc,triton`) has the name."""
+    if name in os.environ.get("ROPOOL_REQUIRE_COMPILERS", "").split(","):
+        pytest.fail(f"compiler {name} is required here: {reason}")
+    pytest.skip(f"compiler {name}: {reason}")
 
 
 def gpu() -> str | None:
