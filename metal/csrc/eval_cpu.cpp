@@ -96,8 +96,8 @@ struct Pools {
     std::size_t bytes;
 
     Pools(const mx::array& k, const mx::array& v, mx::array& k_out, mx::array& v_out) : bytes(k_out.nbytes()) {
-        from[0] = take_pool(k, k_out, "k_pool") ? nullptr : k.data<std::byte>();
-        from[1] = take_pool(v, v_out, "v_pool") ? nullptr : v.data<std::byte>();
+        from[0] = take_pool(k, k_out) ? nullptr : k.data<std::byte>();
+        from[1] = take_pool(v, v_out) ? nullptr : v.data<std::byte>();
         to[0] = k_out.data<std::byte>();
         to[1] = v_out.data<std::byte>();
     }
@@ -176,7 +176,7 @@ void scaled_table(Call& call, Pointers& pointers, float factor, std::vector<floa
 }  // namespace
 
 void RopePoolFused::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-    release_siblings(inputs, outputs);
+    const ReleasedSiblings released(inputs, outputs, 5);
     const mx::array& positions = inputs[3];
     const mx::array& slots = inputs[4];
     const mx::array& source = inputs[7];
@@ -244,7 +244,7 @@ void RopePoolFused::eval_cpu(const std::vector<mx::array>& inputs, std::vector<m
 }
 
 void StorePool::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-    release_siblings(inputs, outputs);
+    const ReleasedSiblings released(inputs, outputs, 3);
     const Pools pools(inputs[3], inputs[4], outputs[0], outputs[1]);
     const DType dtype = storage_of(inputs[0].dtype());
     Call call;

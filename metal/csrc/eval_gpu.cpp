@@ -88,8 +88,8 @@ public:
     }
 
     // The pool that is written: in place, or in a copy when something else holds it.
-    void take(const mx::array& pool, mx::array& out, const char* name) {
-        if (take_pool(pool, out, name) || out.nbytes() == 0) return;
+    void take(const mx::array& pool, mx::array& out) {
+        if (take_pool(pool, out) || out.nbytes() == 0) return;
         const auto bytes = static_cast<std::int64_t>(out.nbytes());
         const CopyPoolParams params = {bytes, (pool.offset() | out.offset()) % 16 == 0, 0};
         encoder_.set_compute_pipeline_state(device_.get_kernel("copy_pool", library(device_)));
@@ -113,7 +113,7 @@ private:
 }  // namespace
 
 void RopePoolFused::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-    release_siblings(inputs, outputs);
+    const ReleasedSiblings released(inputs, outputs, 5);
     const mx::array &q = inputs[0], &k = inputs[1], &v = inputs[2];
     const mx::array &positions = inputs[3], &slots = inputs[4], &source = inputs[7];
     const Shape shape = {q.shape(0), q.shape(1), k.shape(1), q.shape(2), options_.rotary_dim, options_.interleaved};
@@ -133,8 +133,8 @@ void RopePoolFused::eval_gpu(const std::vector<mx::array>& inputs, std::vector<m
                                  slots.dtype() == mx::int64};
     Encoder encoder(stream(), shape, constants, q.dtype(), width);
     for (int i = 0; i < 2; ++i) outputs[i].set_data(mx::allocator::malloc(outputs[i].nbytes()));
-    encoder.take(inputs[5], outputs[2], "k_pool");
-    encoder.take(inputs[6], outputs[3], "v_pool");
+    encoder.take(inputs[5], outputs[2]);
+    encoder.take(inputs[6], outputs[3]);
     if (shape.tokens == 0) return;
     RopePoolParams params = {rows_of(q), rows_of(k), rows_of(v), positions.strides(0), slots.strides(0),
                              slots_of(outputs[2]), source.shape(0), options_.factor, 0};
@@ -173,7 +173,7 @@ void RopePoolFused::eval_gpu(const std::vector<mx::array>& inputs, std::vector<m
 }
 
 void StorePool::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-    release_siblings(inputs, outputs);
+    const ReleasedSiblings released(inputs, outputs, 3);
     const mx::array &k = inputs[0], &v = inputs[1], &slots = inputs[2];
     const Shape shape = {k.shape(0), 0, k.shape(1), k.shape(2), 0, false};
     const std::int64_t pools_at = std::min(alignment(inputs[3].offset(), k.itemsize(), {}),
@@ -182,8 +182,8 @@ void StorePool::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::a
     const Constants constants = {shape.head_dim, 0, 0, shape.heads_kv, heads_per_thread(shape, width),
                                  false, static_cast<std::int32_t>(Source::none), false, slots.dtype() == mx::int64};
     Encoder encoder(stream(), shape, constants, k.dtype(), width);
-    encoder.take(inputs[3], outputs[0], "k_pool");
-    encoder.take(inputs[4], outputs[1], "v_pool");
+    encoder.take(inputs[3], outputs[0]);
+    encoder.take(inputs[4], outputs[1]);
     if (shape.tokens == 0) return;
     const RopePoolParams params = {{}, rows_of(k), rows_of(v), 0, slots.strides(0), slots_of(outputs[0]), 0, 1.0F, 0};
     auto& e = encoder.begin("kv_to_pool");

@@ -1,6 +1,8 @@
 #include "rope_pool.hpp"
 
 #include <cmath>
+#include <exception>
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 
@@ -150,7 +152,13 @@ std::int64_t slots_of(const mx::array& pool) {
     return pool.ndim() == 3 ? pool.shape(0) : static_cast<std::int64_t>(pool.shape(0)) * pool.shape(1);
 }
 
-void release_siblings(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
+ReleasedSiblings::ReleasedSiblings(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,
+                                   std::size_t pools_at)
+    : inputs_(inputs), outputs_(outputs), exceptions_(std::uncaught_exceptions()) {
+    for (const std::size_t i : {pools_at, pools_at + 1}) {
+        if (inputs[i].flags().row_contiguous) continue;
+        throw std::invalid_argument(std::string(i == pools_at ? "k_pool" : "v_pool") + " must be row-contiguous");
+    }
     for (const mx::array& output : outputs) {
         if (output.is_tracer()) return;
     }
@@ -159,8 +167,14 @@ void release_siblings(const std::vector<mx::array>& inputs, std::vector<mx::arra
     }
 }
 
-bool take_pool(const mx::array& pool, mx::array& out, const char* name) {
-    if (!pool.flags().row_contiguous) throw std::invalid_argument(std::string(name) + " must be row-contiguous");
+ReleasedSiblings::~ReleasedSiblings() {
+    if (std::uncaught_exceptions() == exceptions_) return;
+    for (mx::array& output : outputs_) {
+        if (output.inputs().empty()) output.inputs() = inputs_;
+    }
+}
+
+bool take_pool(const mx::array& pool, mx::array& out) {
     if (pool.is_donatable()) {
         out.copy_shared_buffer(pool);
         return true;
@@ -189,7 +203,8 @@ Four rope_pool_fused(const mx::array& q, const mx::array& k, const mx::array& v,
     require(q.shape(1) % k.shape(1) == 0, kFused, "q has ", q.shape(1), " heads; allowed: a multiple of the ",
             k.shape(1), " heads of k");
     check_index(kFused, "positions", positions, q.shape(0));
-    require(std::isfinite(factor), kFused, "factor is ", factor, "; allowed: a finite number");
+    require(std::abs(factor) <= std::numeric_limits<float>::max(), kFused, "factor is ", factor,
+            "; allowed: a finite number of float32");
     auto [options, source] = read_rotation(inv_freq, cos_sin, base, rotary_dim, q.dtype(), q.shape(2));
     options.interleaved = interleaved;
     options.factor = static_cast<float>(factor);

@@ -88,12 +88,26 @@ Two store_pool(const mx::array& k, const mx::array& v, const mx::array& slots, c
 std::int64_t slots_of(const mx::array& pool);
 
 // Every output of a primitive holds its inputs, which would make each of them look shared. They are let go of anyway
-// once the primitive is evaluated; call this first thing in that. Arrays of a graph transform keep theirs.
-void release_siblings(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs);
+// once the primitive is evaluated; make one of these first thing in that. When the evaluation fails the outputs get
+// their inputs back, and can be evaluated again. Arrays of a graph transform keep theirs.
+class ReleasedSiblings {
+public:
+    // The pools are inputs[pools_at] and the one behind it. Throws std::invalid_argument unless both are
+    // row-contiguous; nothing is released then.
+    ReleasedSiblings(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, std::size_t pools_at);
+    ~ReleasedSiblings();
+    ReleasedSiblings(const ReleasedSiblings&) = delete;
+    ReleasedSiblings& operator=(const ReleasedSiblings&) = delete;
+
+private:
+    const std::vector<mx::array>& inputs_;
+    std::vector<mx::array>& outputs_;
+    const int exceptions_;
+};
 
 // The output that starts as `pool` and is written afterwards: its own memory where nothing else uses it. Returns
-// false when it is new memory, which the caller fills. Throws std::invalid_argument unless the pool is row-contiguous.
-bool take_pool(const mx::array& pool, mx::array& out, const char* name);
+// false when it is new memory, which the caller fills.
+bool take_pool(const mx::array& pool, mx::array& out);
 
 // Where this module stands, which is where its kernels are.
 std::string module_directory();

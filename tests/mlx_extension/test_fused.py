@@ -204,6 +204,47 @@ def test_it_is_compiled_and_its_equals_are_merged() -> None:
     assert np.allclose(bits(other[1]), 2 * bits(other[0]), rtol=1e-6)
 
 
+@pytest.mark.parametrize("index", [mx.int32, mx.int64])
+@pytest.mark.parametrize("table", [False, True])
+def test_indices_with_a_stride(index: Any, table: bool) -> None:
+    """Every other one of a longer array, the ones between being wrong."""
+    args = inputs(np.random.default_rng(0), mx.float32)
+    positions, slots = [5, 0, 9, 3], [7, 1, 12, 2]
+    args["positions"] = mx.array([x for p in positions for x in (p, p + 1)], index)[::2]
+    args["slots"] = mx.array([x for s in slots for x in (s, s + 1)], index)[::2]
+    frequencies = 10000.0 ** (-np.arange(0, 8, 2) / 8)
+    options: dict[str, Any] = {"base": 1e4}
+    if table:
+        angles = np.outer(np.arange(LAST), frequencies)
+        rows = np.concatenate([np.cos(angles), np.sin(angles)], 1)
+        options = {"cos_sin": mx.array(rows.astype(np.float32))}
+    mx.eval(list(args.values()))
+    q, k, k_pool, v_pool = rope_pool_fused(**args, **options)
+    stores = {n: args[n] for n in ("k", "v", "slots", "k_pool", "v_pool")}
+    k_stored, v_stored = store_pool(**stores)
+    for got, x in ((q, args["q"]), (k, args["k"])):
+        close(got, rotated(x, positions, frequencies, known=[True] * 4), x)
+    for pool, x in ((k_pool, k), (v_pool, args["v"]), (k_stored, args["k"]), (v_stored, args["v"])):
+        expected = np.zeros((16, 2, 8), np.float32)
+        expected[slots] = bits(x)
+        assert np.array_equal(bits(pool), expected)
+
+
+def test_indices_wider_than_32_bits() -> None:
+    """Slots and positions whose lower half alone would be one that there is."""
+    args = inputs(np.random.default_rng(0), mx.float32)
+    args["slots"] = mx.array([3, 2**32 + 5, -(2**32) + 6, 9], mx.int64)
+    stored, _ = store_pool(*(args[n] for n in ("k", "v", "slots", "k_pool", "v_pool")))
+    assert bits(stored).any((1, 2)).nonzero()[0].tolist() == [3, 9]
+    args["positions"] = mx.array([0, 1, 2, 2**32 + 3], mx.int64)
+    table = mx.array(np.full((LAST, 8), 0.5, np.float32))
+    q, k, k_pool, v_pool = rope_pool_fused(**args, cos_sin=table)
+    assert np.array_equal(bits(q)[3], bits(args["q"])[3])
+    assert not np.array_equal(bits(q)[2], bits(args["q"])[2])
+    for pool in (k_pool, v_pool):
+        assert bits(pool).any((1, 2)).nonzero()[0].tolist() == [3]
+
+
 def test_threads() -> None:
     results: list[Any] = [None] * 8
 
@@ -276,6 +317,7 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
         "cos_sin is float16; allowed: float32, float32",
     ),
     "factor": (lambda a: {"factor": math.inf}, "factor is inf; allowed: a finite number"),
+    "wide factor": (lambda a: {"factor": -1e300}, r"factor is -1e\+300; allowed: a finite number of"),
 }
 
 
@@ -297,6 +339,20 @@ def test_a_pool_that_is_no_block_of_memory() -> None:
     mx.eval(args["k_pool"])
     with pytest.raises(ValueError, match="k_pool must be row-contiguous"):
         rope_pool_fused(**args, base=1e4)
+
+
+@pytest.mark.parametrize("name", ["k_pool", "v_pool"])
+@pytest.mark.parametrize("rotates", [True, False])
+def test_outputs_can_be_evaluated_again_after_an_error(name: str, rotates: bool) -> None:
+    args = inputs(np.random.default_rng(0), mx.float32)
+    args[name] = mx.zeros((2, 16, 8)).transpose(1, 0, 2)
+    if rotates:
+        outputs = rope_pool_fused(**args, base=1e4)
+    else:
+        outputs = store_pool(*(args[n] for n in ("k", "v", "slots", "k_pool", "v_pool")))
+    for output in outputs * 2:
+        with pytest.raises(ValueError, match=f"{name} must be row-contiguous"):
+            mx.eval(output)
 
 
 def test_transforms_are_refused() -> None:
