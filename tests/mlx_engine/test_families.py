@@ -17,7 +17,7 @@ use_device()
 
 from mlx_engine import tiny  # noqa: E402
 from ropool import dispatch  # noqa: E402
-from ropool.engine import SamplingParams  # noqa: E402
+from ropool.engine import CacheScales, SamplingParams  # noqa: E402
 from ropool.errors import RopoolError  # noqa: E402
 from ropool.mlx.engine import MlxEngine  # noqa: E402
 from ropool.mlx.model import MlxModel  # noqa: E402
@@ -127,6 +127,18 @@ def test_stale_pages_are_not_read() -> None:
     ragged = tiny.prompts(3, longest=40, seed=3)
     for prompt, request in zip(ragged, engine.generate(ragged, PARAMS), strict=True):
         assert request.output == tiny.greedy(model, prompt, NEW_TOKENS)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_a_pool_of_another_dtype_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(RopoolError, match=f"cache_dtype is {dtype}; allowed with the MLX engine: "):
+        MlxEngine(pooled(tiny.build("llama")), pool_tokens=64, cache_dtype=dtype)
+
+
+def test_cache_scales_are_refused() -> None:
+    model = pooled(tiny.build("llama"))
+    with pytest.raises(RopoolError, match="scales are for an fp8 pool, which the MLX engine does"):
+        MlxEngine(model, pool_tokens=64, cache_scales=CacheScales.one(model.spec))
 
 
 def test_a_family_that_is_not_covered_is_named() -> None:

@@ -62,6 +62,12 @@ def test_sampling_is_the_requests_own(directory: str, capsys: pytest.CaptureFixt
     "arguments, message",
     [
         (["--kv-cache-dtype", "fp8_e4m3"], "--kv-cache-dtype is fp8_e4m3; allowed with engine mlx"),
+        (["--kv-cache-scales", "one"], "--kv-cache-scales is one; allowed with engine mlx: auto"),
+        (["--save-kv-cache-scales", "x"], "--save-kv-cache-scales: "),
+        (
+            ["--kv-cache-dtype", "fp8_e4m3", "--save-kv-cache-scales", "/dev/null"],
+            "--save-kv-cache-scales: the KV pool of engine mlx has no scales",
+        ),
         (["--device", "cuda"], "--device is cuda; allowed with engine mlx: auto, cpu"),
         (["--model", "no-such-model"], "unknown model 'no-such-model'"),
         (["--model", str(Path(__file__).parent)], "has no config.json"),

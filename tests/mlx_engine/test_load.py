@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from engine import tiny as torch_tiny  # noqa: E402
 from engine.bytes_tokenizer import byte_tokenizer  # noqa: E402
 from ropool.engine import SamplingParams  # noqa: E402
+from ropool.errors import RopoolError  # noqa: E402
 from ropool.mlx.engine import MlxEngine  # noqa: E402
 from ropool.mlx.load import load  # noqa: E402
 
@@ -46,6 +47,14 @@ CHANGES: dict[str, dict[str, Any]] = {
         }
     },
     "gemma3": {},
+    "mistral-window": {"sliding_window": 8},
+    "phi3": {"sliding_window": 8},
+    "qwen2-some-windows": {},
+}
+WINDOWS = {
+    "mistral-window": (8, 8, 8),
+    "phi3": (8, 8, 8),
+    "qwen2-some-windows": (None, 18, 18),
 }
 
 
@@ -62,8 +71,19 @@ def test_answers_are_those_of_transformers(
         config = json.loads((tmp_path / "config.json").read_text())
         (tmp_path / "config.json").write_text(json.dumps({**config, "sliding_window_pattern": 3}))
     ours, _ = load(str(tmp_path))
+    assert ours.spec.windows == WINDOWS.get(name, (None,) * 3)
     prompt = torch_tiny.prompts(1, longest=60, seed=6)[0]
     engine = MlxEngine(ours, pool_tokens=128)
     request = engine.generate([prompt], SamplingParams(max_new_tokens=16))[0]
     expected = torch_tiny.greedy(AutoModelForCausalLM.from_pretrained(tmp_path), prompt, 16)[0]
     assert request.output == expected
+
+
+def test_windows_that_mlx_lm_has_differently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(torch_tiny.MODELS, "gemma3", GEMMA3)
+    torch_tiny.build("gemma3", vocab_size=258).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(RopoolError, match=r"windows \[512, 512, None\] by the model's config"):
+        load(str(tmp_path))

@@ -117,10 +117,13 @@ class Shifted(nn.Module):
         return self.inner(x, offset=offset + 3)
 
 
-def test_a_rotation_that_cannot_be_expressed(caplog: pytest.LogCaptureFixture) -> None:
-    """The model rotates by itself, and a kernel writes K and V."""
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_rotation_that_cannot_be_expressed(
+    first: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model rotates by itself, and a kernel writes K and V; in whichever layer it stands."""
     model = tiny.build("llama")
-    for layer in model.layers:
+    for layer in model.layers[first:]:
         layer.self_attn.rope = Shifted(layer.self_attn.rope)
     with caplog.at_level(logging.INFO, "ropool.mlx"):
         ours = MlxModel(tiny.copy_of(model), frozenset())
@@ -131,6 +134,9 @@ def test_a_rotation_that_cannot_be_expressed(caplog: pytest.LogCaptureFixture) -
     for prompt, request in zip(ragged, requests, strict=True):
         assert request.output == tiny.greedy(model, prompt, 8)[0]
     assert dispatch.chosen["store_kv_"] == "metal/store_kv"
+    monkeypatch.setenv(policy.VARIABLE, "1")
+    with pytest.raises(RopoolError, match="CUSTOM_ROPE is 1, but no kernel can rotate here: Shif"):
+        MlxModel(tiny.copy_of(model), frozenset())
 
 
 def test_unknown_attributes_raise() -> None:
@@ -211,7 +217,24 @@ def test_tune_writes_what_the_registry_reads(
     built = aot.registry.build_kernel_set(inputs)  # the tiny llama has these very heads
     for tokens, choice in choices.items():
         assert MlxAOTKernelContext.for_step(built, tokens).rotates == choice["fused"]
-    assert main(["tune", "--mlx", "--heads", "4x2"]) == 2
-    assert "heads are '4x2'; allowed with --mlx: HqxHkxD" in capsys.readouterr().err
     monkeypatch.undo()
     tuning.forget()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--heads", "4x2"], "heads are '4x2'; allowed with --mlx: HqxHkxD"),
+        (["--heads", "3x2x16"], "heads are '3x2x16'; allowed with --mlx: Hq a multiple of Hk"),
+        (["--heads", "4x2x15"], "heads are '4x2x15'; allowed with --mlx: Hq a multiple of Hk, and"),
+        (["--tokens", "8,0"], "tokens is 0; allowed: 1 or more"),
+    ],
+)
+def test_tune_names_a_mistake(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ropool.cli.main import main
+
+    assert main(["tune", "--mlx", *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err

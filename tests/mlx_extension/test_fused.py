@@ -204,6 +204,34 @@ def test_it_is_compiled_and_its_equals_are_merged() -> None:
     assert np.allclose(bits(other[1]), 2 * bits(other[0]), rtol=1e-6)
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "rotary_dim": {"cos_sin": mx.array(np.linspace(0.1, 1, 36, dtype=np.float32).reshape(9, 4))},
+    "interleaved": {"interleaved": True},
+    "factor": {"factor": 2.0},
+    "same": {},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_only_equals_are_merged(name: str) -> None:
+    """Two calls of the same arrays, whose options differ, in one compiled function."""
+    args = inputs(np.random.default_rng(0), mx.float32)
+    table = mx.array(np.linspace(0.1, 1, 72, dtype=np.float32).reshape(9, 8))
+    names = tuple(args)
+
+    def twice(table: Any, *arrays: Any) -> Any:
+        call = dict(zip(names, arrays, strict=True))
+        first = rope_pool_fused(**call, cos_sin=table)
+        second = rope_pool_fused(**call, **{"cos_sin": table, **OPTIONS[name]})
+        # What a function returns is never merged, so something stands behind it.
+        return mx.negative(first[0]), mx.negative(second[0])
+
+    plain = [bits(x) for x in twice(table, *args.values())]
+    compiled = [bits(x) for x in mx.compile(twice)(table, *args.values())]
+    assert np.array_equal(plain[0], plain[1]) == (name == "same")
+    assert all(np.array_equal(a, b) for a, b in zip(plain, compiled, strict=True))
+
+
 @pytest.mark.parametrize("index", [mx.int32, mx.int64])
 @pytest.mark.parametrize("table", [False, True])
 def test_indices_with_a_stride(index: Any, table: bool) -> None:
@@ -238,7 +266,7 @@ def test_indices_wider_than_32_bits() -> None:
     assert bits(stored).any((1, 2)).nonzero()[0].tolist() == [3, 9]
     args["positions"] = mx.array([0, 1, 2, 2**32 + 3], mx.int64)
     table = mx.array(np.full((LAST, 8), 0.5, np.float32))
-    q, k, k_pool, v_pool = rope_pool_fused(**args, cos_sin=table)
+    q, _, k_pool, v_pool = rope_pool_fused(**args, cos_sin=table)
     assert np.array_equal(bits(q)[3], bits(args["q"])[3])
     assert not np.array_equal(bits(q)[2], bits(args["q"])[2])
     for pool in (k_pool, v_pool):
@@ -317,7 +345,10 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
         "cos_sin is float16; allowed: float32, float32",
     ),
     "factor": (lambda a: {"factor": math.inf}, "factor is inf; allowed: a finite number"),
-    "wide factor": (lambda a: {"factor": -1e300}, r"factor is -1e\+300; allowed: a finite number of"),
+    "wide factor": (
+        lambda a: {"factor": -1e300},
+        r"factor is -1e\+300; allowed: a finite number of",
+    ),
 }
 
 

@@ -191,9 +191,11 @@ def _open_mlx(args: argparse.Namespace) -> Opened:
             f"engine mlx needs the package {error.name}, which is not installed: "
             "pip install 'ropool[engine,mlx]'"
         ) from error
-    for option in ("kv_cache_dtype", "device"):
+    if args.save_kv_cache_scales is not None:
+        raise RopoolError("--save-kv-cache-scales: the KV pool of engine mlx has no scales to save")
+    for option in ("kv_cache_dtype", "kv_cache_scales", "device"):
         value = getattr(args, option)
-        allowed = ("auto",) if option == "kv_cache_dtype" else ("auto", "cpu")
+        allowed = ("auto", "cpu") if option == "device" else ("auto",)
         if value not in allowed:
             flag = "--" + option.replace("_", "-")
             raise RopoolError(f"{flag} is {value}; allowed with engine mlx: {', '.join(allowed)}")

@@ -81,12 +81,19 @@ def run_mlx(args: argparse.Namespace) -> int:
         numbers_of = form.split("x")
         if len(numbers_of) != 3 or not all(part.isdigit() and int(part) for part in numbers_of):
             raise RopoolError(f"tune: heads are {form!r}; allowed with --mlx: HqxHkxD")
-        forms.append((int(numbers_of[0]), int(numbers_of[1]), int(numbers_of[2])))
+        heads_q, heads_kv, head_dim = map(int, numbers_of)
+        if heads_q % heads_kv or head_dim % 2:
+            raise RopoolError(
+                f"tune: heads are {form!r}; allowed with --mlx: Hq a multiple of Hk, and an even D"
+            )
+        forms.append((heads_q, heads_kv, head_dim))
     dtypes = listed(args.dtype) or ["bfloat16"]
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise RopoolError(f"tune: dtype is {dtype!r}; known: {', '.join(DTYPES)}")
     tokens = numbers(args.tokens, "tune") or list(MLX_TOKENS)
+    if min(tokens) < 1:
+        raise RopoolError(f"tune: tokens is {min(tokens)}; allowed: 1 or more")
     check_out(args.out)
     path: Path | None = None
     for found, table in mlx_tune.tune(forms, dtypes, tokens):

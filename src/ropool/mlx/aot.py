@@ -16,7 +16,8 @@ import mlx.core as mx
 from ropool import dispatch
 from ropool.dispatch import Device, KernelSpec, Key, Options
 from ropool.dispatch.spec import load
-from ropool.mlx.policy import custom_rope
+from ropool.errors import RopoolError
+from ropool.mlx.policy import VARIABLE, custom_rope
 from ropool.mlx.rotation import Rotation
 
 logger = logging.getLogger(__name__)
@@ -173,6 +174,11 @@ def _why_no_rope(inputs: MlxAOTKernelBuildInputs) -> str | None:
     if setting == "0":
         return "ROPOOL_MLX_CUSTOM_ROPE is 0"
     if inputs.rotation.arguments is None:
+        if setting == "1":
+            raise RopoolError(
+                f"{VARIABLE} is 1, but no kernel can rotate here: {inputs.rotation.reason}; "
+                "allowed with this model: auto, 0"
+            )
         return inputs.rotation.reason
     if setting == "auto":
         # The built-in operations rotate by the model's own module anyway.

@@ -43,7 +43,7 @@ def load(
     model.set_dtype(dtype)
     model.eval()
     mx.eval(model.parameters())
-    return MlxModel(model, _eos_ids(folder, config)), tokenizer
+    return MlxModel(model, _eos_ids(folder, config), windows_of(config)), tokenizer
 
 
 def _download(name: str) -> Path:
@@ -73,6 +73,17 @@ def rotation_fields(folder: Path) -> dict[str, Any]:
         if original is not None:
             fields["original_max_position_embeddings"] = original
     return fields
+
+
+def windows_of(config: Any) -> list[int | None] | None:
+    """The sliding window of each layer as `transformers` has it; `None` for llama, whose windows
+    are an addition of `mlx-lm`'s own."""
+    if config.model_type == "llama":
+        return None
+    window = getattr(config, "sliding_window", None)
+    if config.model_type in ("mistral", "phi3"):
+        return [window] * int(config.num_hidden_layers)
+    return [window if kind == "sliding_attention" else None for kind in config.layer_types]
 
 
 def _eos_ids(folder: Path, config: Any) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -41,11 +42,18 @@ class MlxModel:
     """Runs a loaded model. Its attention modules are replaced, so it can no longer be called
     itself.
 
-    Raises `RopoolError` for a family that is not covered, and for `ROPOOL_MLX_CUSTOM_ROPE=1` where
-    the kernels cannot be used.
+    `windows` are the sliding windows of the layers, by default those of `mlx-lm`, which has none
+    for some families that have them. Raises `RopoolError` for a family that is not covered, for
+    windows that `mlx-lm` has differently, and for `ROPOOL_MLX_CUSTOM_ROPE=1` where the kernels
+    cannot be used.
     """
 
-    def __init__(self, model: Any, eos_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        eos_ids: frozenset[int],
+        windows: Sequence[int | None] | None = None,
+    ) -> None:
         args = model.args
         require_covered(args.model_type)
         self._model = model
@@ -57,7 +65,10 @@ class MlxModel:
         head_dim = head_dim_of(sample)
         context = int(args.max_position_embeddings or 4096)
         device = current_device()
-        windows = tuple(_window(model, layer) for layer in layers)
+        rotations = [
+            read_rotation(layer.self_attn.rope, context, table=device.name == "cpu")
+            for layer in layers
+        ]
         self.inputs = MlxAOTKernelBuildInputs(
             attention=sample,
             heads_q=sample.n_heads,
@@ -65,13 +76,14 @@ class MlxModel:
             head_dim=head_dim,
             dtype=str(TORCH_DTYPES[self.dtype]).removeprefix("torch."),
             page_size=PAGE_SIZE,
-            rotation=read_rotation(sample.rope, context, table=device.name == "cpu"),
+            # One layer whose rotation the kernel does not know leaves all of them to the model.
+            rotation=next((one for one in rotations if one.arguments is None), rotations[0]),
             device=device,
         )
         self.kernels = registry.build_kernel_set(self.inputs)
+        spec_windows = _windows(model, windows, context)
         self._layers = [LayerContext(number) for number in range(len(layers))]
-        for layer in layers:
-            rotation = read_rotation(layer.self_attn.rope, context, table=device.name == "cpu")
+        for layer, rotation in zip(layers, rotations, strict=True):
             layer.self_attn = PooledAttention(layer.self_attn, rotation)
         self._head = model.lm_head if "lm_head" in model else model.model.embed_tokens.as_linear
         if device.name == "cpu":
@@ -82,7 +94,7 @@ class MlxModel:
                 self._head = RowLinear(mx.contiguous(embedding.weight.T), None)
         self.spec = ModelSpec(
             row=KVRow(sample.n_kv_heads, head_dim),
-            windows=windows,
+            windows=spec_windows,
             max_position=context,
             rotary_switch=None,
             position_streams=1,
@@ -107,6 +119,24 @@ class MlxModel:
         pools = [step.cache.mlx_pool(kind) for kind in step.cache.pools]
         mx.eval(logits, [(pool.k, pool.v) for pool in pools])
         return logits
+
+
+def _windows(
+    model: Any, given: Sequence[int | None] | None, context: int
+) -> tuple[int | None, ...]:
+    """The sliding window of each layer; one that holds the whole context is none."""
+    own = [_window(model, layer) for layer in model.layers]
+    # Layers with a window may rotate by another base, so it is not enough to correct the window.
+    if given is not None and any(own) and list(given) != own:
+        raise RopoolError(
+            f"the layers have windows {list(given)} by the model's config, {own} in mlx-lm, which "
+            "reads sliding_window_pattern: the MLX engine cannot run it; engine torch does"
+        )
+    windows = own if given is None else given
+    for window in windows:
+        if window is not None and window < 1:
+            raise RopoolError(f"sliding_window is {window}; allowed: None or at least 1")
+    return tuple(None if window is None or window >= context else window for window in windows)
 
 
 def _window(model: Any, layer: Any) -> int | None:

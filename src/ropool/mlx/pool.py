@@ -8,7 +8,9 @@ import mlx.core as mx
 
 from ropool.engine.cache import PAGE_SIZE, KVCache
 from ropool.engine.pools import Pool
+from ropool.engine.scales import CacheScales
 from ropool.engine.spec import KVRow
+from ropool.errors import RopoolError
 
 
 class MlxPool:
@@ -67,6 +69,10 @@ class MlxKVCache(KVCache):
             kind = window is not None
             self.places.append((kind, seen[kind]))
             seen[kind] += 1
+
+    def set_scales(self, scales: CacheScales) -> None:
+        """Raises `RopoolError`: no pool of these is fp8."""
+        raise RopoolError("cache scales are for an fp8 pool, which the MLX engine does not have")
 
     def mlx_pool(self, windowed: bool) -> MlxPool:
         """The pool of one kind of layer."""
