@@ -1,4 +1,4 @@
-"""Hazards 02 and 08: no op touches memory past an end of any tensor; the processor watches."""
+"""No op touches memory past an end of any tensor; the processor watches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TESTS = Path(__file__).parent.parent
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
-def test_hazard_02_08_no_access_past_an_end(backend: Backend) -> None:
+def test_no_access_past_an_end(backend: Backend) -> None:
     if backend.device != "cpu":
         pytest.skip("guard pages protect host memory")
     path = os.pathsep.join([str(TESTS), *sys.path])

@@ -1,4 +1,4 @@
-"""Hazard 10: fp8 rounding, saturation, scales and the 656-byte row's tiles."""
+"""What goes wrong with fp8: rounding, saturation, scales and the 656-byte row's tiles."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ BASE = Case(op="rope_store_kv_")
 MLA = Case(op="rope_store_mla_", heads_q=3, head_dim=64, row_format="fp8_ds_mla")
 
 
-# --- 10 fp8 ---------------------------------------------------------------------------------------
+# --- fp8 ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("source", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("stored", FP8 + FNUZ)
 @pytest.mark.parametrize("scale", [None, 1.0, 0.37, 2.0**-20])
-def test_hazard_10_every_half_value_in_fp8(
+def test_every_half_value_in_fp8(
     source: torch.dtype, stored: str, scale: float | None, backend: Backend
 ) -> None:
     """All 65536 of them: subnormals, ties, values past the largest, infinities, NaN."""
@@ -43,7 +43,7 @@ def test_hazard_10_every_half_value_in_fp8(
 
 
 @pytest.mark.parametrize("stored", FP8 + FNUZ)
-def test_hazard_10_float32_next_to_every_tie(stored: str, backend: Backend) -> None:
+def test_float32_next_to_every_tie(stored: str, backend: Backend) -> None:
     """Between two neighbours: the last float32 before the middle, the middle, the first after."""
     dtype = getattr(torch, stored)
     codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(dtype)
@@ -73,7 +73,7 @@ def test_hazard_10_float32_next_to_every_tie(stored: str, backend: Backend) -> N
 
 
 @pytest.mark.parametrize("stored", FP8 + FNUZ)
-def test_hazard_10_scales_divide_and_each_head_has_its_own(stored: str, backend: Backend) -> None:
+def test_scales_divide_and_each_head_has_its_own(stored: str, backend: Backend) -> None:
     for k_scale, v_scale, q_scale in itertools.product([None, "one", "tensor", "head"], repeat=3):
         case = replace(
             BASE,
@@ -93,7 +93,7 @@ def test_hazard_10_scales_divide_and_each_head_has_its_own(stored: str, backend:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("op", ["store_mla_", "rope_store_mla_"])
-def test_hazard_10_mla_tiles_of_every_kind(op: str, dtype: str, backend: Backend) -> None:
+def test_mla_tiles_of_every_kind(op: str, dtype: str, backend: Backend) -> None:
     """Tiles of zeros, of NaN, tiny, infinite, and with the largest value in each corner."""
     case = replace(MLA, op=op, dtype=dtype, tokens=16, pages=4, page_size=5, pool_strides="odd")
     args = arguments(case)

@@ -1,4 +1,5 @@
-"""Hazards 13, 14, 15: the kernel kept for a call, the work split over threads, odd sizes."""
+"""What goes wrong between calls: a kernel kept for another one, work split wrongly over threads,
+sizes that are no power of two."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from ops.memory import placed, strided
 BASE = Case(op="rope_store_kv_")
 
 
-# --- 13 a cache that drops a field ----------------------------------------------------------------
+# --- a cache that drops a field -------------------------------------------------------------------
 
 KV_VARIANTS: list[dict[str, Any]] = [
     {"interleaved": True},
@@ -64,7 +65,7 @@ KV_VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def test_hazard_13_calls_that_differ_in_one_field(backend: Backend) -> None:
+def test_calls_that_differ_in_one_field(backend: Backend) -> None:
     """Each alternates with the base call: a kernel kept for one must not serve the other."""
     base = replace(BASE, tokens=4, head_dim=64, heads_q=2, heads_kv=2, page_size=2)
     everything = arguments(base)
@@ -84,7 +85,7 @@ def test_hazard_13_calls_that_differ_in_one_field(backend: Backend) -> None:
         check_args(base.op, {**args, "mrope_interleaved": True}, backend)
 
 
-def test_hazard_13_same_shapes_at_other_addresses(backend: Backend) -> None:
+def test_same_shapes_at_other_addresses(backend: Backend) -> None:
     """What is kept for a signature holds no address: memory and alignment change between calls."""
     for shift in (0, 1, 3, 8):
         rng = np.random.default_rng(shift)
@@ -96,7 +97,7 @@ def test_hazard_13_same_shapes_at_other_addresses(backend: Backend) -> None:
         check_args(BASE.op, args, backend)
 
 
-def test_hazard_13_tables_may_change_in_place(backend: Backend) -> None:
+def test_tables_may_change_in_place(backend: Backend) -> None:
     """A scale, a table or a map is read in each call, never remembered."""
     case = replace(BASE, pool_dtype=FP8[0], k_scale="tensor", window="int64", q_norm="float32")
     args = placed(arguments(case), backend.device)
@@ -109,13 +110,13 @@ def test_hazard_13_tables_may_change_in_place(backend: Backend) -> None:
     check_args(case.op, before, backend)
 
 
-# --- 14 launch faults -----------------------------------------------------------------------------
+# --- launch faults --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "op", ["rope_", "rope_store_kv_", "store_kv_", "store_mla_", "rope_store_mla_"]
 )
-def test_hazard_14_any_number_of_tokens(op: str, backend: Backend) -> None:
+def test_any_number_of_tokens(op: str, backend: Backend) -> None:
     """Few, many and every remainder of a split over threads."""
     for tokens in [*range(1, 20), 31, 33, 63, 64, 65, 127, 257]:
         case = Case(
@@ -134,13 +135,13 @@ def test_hazard_14_any_number_of_tokens(op: str, backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("heads", [(128, 1), (128, 128), (1100, 11), (2049, 1)])
-def test_hazard_14_very_many_heads(heads: tuple[int, int], backend: Backend) -> None:
+def test_very_many_heads(heads: tuple[int, int], backend: Backend) -> None:
     for op in ("rope_", "rope_store_kv_", "store_kv_", "rope_store_mla_"):
         case = Case(op=op, tokens=2, heads_q=heads[0], heads_kv=heads[1], head_dim=8, latent_dim=8)
         check(case, backend)
 
 
-def test_hazard_14_work_enough_for_every_thread(backend: Backend) -> None:
+def test_work_enough_for_every_thread(backend: Backend) -> None:
     """A call large enough to be split, with tokens that are dropped in each part."""
     for op in ("rope_store_kv_", "store_kv_", "rope_store_mla_"):
         case = Case(
@@ -151,7 +152,7 @@ def test_hazard_14_work_enough_for_every_thread(backend: Backend) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("heads", [(128, 128), (96, 3), (67, 67)])
-def test_hazard_14_few_wide_tokens(dtype: str, heads: tuple[int, int], backend: Backend) -> None:
+def test_few_wide_tokens(dtype: str, heads: tuple[int, int], backend: Backend) -> None:
     """So wide that a token's heads are dealt to several threads, with scales of their own."""
     case = Case(dtype=dtype, tokens=2, heads_q=heads[0], heads_kv=heads[1], head_dim=512)
     fp8 = {"pool_dtype": FP8[0], "k_scale": "head", "v_scale": "head"}
@@ -179,7 +180,7 @@ LARGE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("fields", LARGE, ids=str)
-def test_hazard_14_stores_larger_than_the_caches(fields: dict[str, Any], backend: Backend) -> None:
+def test_stores_larger_than_the_caches(fields: dict[str, Any], backend: Backend) -> None:
     """More than 4 MiB into the pool: a kernel may write past the caches, whole lines at a time."""
     if backend.name == "reference":
         pytest.skip("plain torch writes all sizes alike")
@@ -187,13 +188,13 @@ def test_hazard_14_stores_larger_than_the_caches(fields: dict[str, Any], backend
     check(replace(base, **fields), backend)
 
 
-# --- 15 head counts and dims ----------------------------------------------------------------------
+# --- head counts and dims -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "heads", [(9, 3), (32, 8), (1, 1), (8, 1), (5, 5), (12, 4), (7, 7), (15, 3)]
 )
-def test_hazard_15_head_counts(heads: tuple[int, int], backend: Backend) -> None:
+def test_head_counts(heads: tuple[int, int], backend: Backend) -> None:
     for layout, pool_dtype in itertools.product(("NHD", "x_packed"), ("model", FP8[0])):
         case = replace(BASE, heads_q=heads[0], heads_kv=heads[1], tokens=3)
         fields = {"layout": layout, "pool_dtype": pool_dtype, "k_scale": "head"}
@@ -203,9 +204,7 @@ def test_hazard_15_head_counts(heads: tuple[int, int], backend: Backend) -> None
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256, 512, 576])
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_hazard_15_head_dims(
-    head_dim: int, interleaved: bool, dtype: str, backend: Backend
-) -> None:
+def test_head_dims(head_dim: int, interleaved: bool, dtype: str, backend: Backend) -> None:
     case = replace(BASE, head_dim=head_dim, interleaved=interleaved, dtype=dtype, tokens=3)
     check(case, backend)
     norms = {"q_norm": "float32", "k_norm": "model", "pool_dtype": FP8[0], "strides": "packed"}
@@ -214,9 +213,7 @@ def test_hazard_15_head_dims(
 
 @pytest.mark.parametrize("layout", ["NHD", "HND", "slots", "x_packed", "shuffled"])
 @pytest.mark.parametrize("page_size", [1, 16, 24, 40])
-def test_hazard_15_page_sizes_that_are_no_power_of_two(
-    layout: str, page_size: int, backend: Backend
-) -> None:
+def test_page_sizes_that_are_no_power_of_two(layout: str, page_size: int, backend: Backend) -> None:
     group = 1 if page_size == 1 else 8
     for pool_dtype in ("model", FP8[1]):
         case = Case(

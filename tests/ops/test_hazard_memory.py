@@ -1,6 +1,6 @@
-"""Hazards 08 and 16: strides, odd row lengths, tensors that share a storage.
+"""What goes wrong with memory: strides, odd row lengths, tensors that share a storage.
 
-Addresses past 32 bits (01): test_large_addresses.py. Accesses past an end: test_guard_pages.py.
+Addresses past 32 bits: test_large_addresses.py. Accesses past an end: test_guard_pages.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BASE = Case(op="rope_store_kv_")
 MLA = Case(op="rope_store_mla_", heads_q=3, head_dim=64, row_format="fp8_ds_mla")
 
 
-# --- 08 strides -----------------------------------------------------------------------------------
+# --- strides --------------------------------------------------------------------------------------
 
 
 def _separate_strides(backend: Backend, **fields: Any) -> None:
@@ -41,7 +41,7 @@ def _separate_strides(backend: Backend, **fields: Any) -> None:
 
 @pytest.mark.parametrize("heads", [(8, 2), (3, 3), (1, 1)])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_hazard_08_each_tensor_has_its_own_strides(
+def test_each_tensor_has_its_own_strides(
     heads: tuple[int, int], dtype: str, backend: Backend
 ) -> None:
     for q_out, write_k in itertools.product([None, "model"], [False, True]):
@@ -55,7 +55,7 @@ def test_hazard_08_each_tensor_has_its_own_strides(
 )
 @pytest.mark.parametrize("strides", ["packed", "odd", "heads_first", "random"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_hazard_08_strided_views(op: str, strides: str, dtype: str, backend: Backend) -> None:
+def test_strided_views(op: str, strides: str, dtype: str, backend: Backend) -> None:
     for heads, head_dim, seed in [
         ((4, 2), 64, 0),
         ((1, 1), 80, 1),
@@ -76,9 +76,7 @@ def test_hazard_08_strided_views(op: str, strides: str, dtype: str, backend: Bac
 
 
 @pytest.mark.parametrize("stride", [0, 1, 3, 10**9])
-def test_hazard_08_strides_of_size_one_dimensions_mean_nothing(
-    stride: int, backend: Backend
-) -> None:
+def test_strides_of_size_one_dimensions_mean_nothing(stride: int, backend: Backend) -> None:
     case = replace(BASE, tokens=1, heads_q=1, heads_kv=1, pages=1, page_size=1, q_out="model")
     args = altered(case, slot_mapping=torch.tensor([0]))
     for name in ("q", "k", "v", "q_out", "k_pool", "v_pool"):
@@ -96,7 +94,7 @@ def test_hazard_08_strides_of_size_one_dimensions_mean_nothing(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_hazard_08_rows_that_fill_no_block(dtype: str, backend: Backend) -> None:
+def test_rows_that_fill_no_block(dtype: str, backend: Backend) -> None:
     """Every head dim up to two vectors and some, so that each remainder of a loop occurs."""
     for head_dim in [*range(2, 36), 38, 46, 62, 63, 65, 66, 70, 126, 130]:
         rotary = head_dim // 2 * 2
@@ -116,7 +114,7 @@ def test_hazard_08_rows_that_fill_no_block(dtype: str, backend: Backend) -> None
         check(case, backend)
 
 
-def test_hazard_08_inputs_that_repeat_one_head(backend: Backend) -> None:
+def test_inputs_that_repeat_one_head(backend: Backend) -> None:
     """What is only read may have stride 0: V, a scale, M-RoPE positions expanded from one row."""
     case = replace(BASE, pool_dtype=FP8[0], mrope="sectioned", heads_q=4, heads_kv=4)
     args = arguments(case)
@@ -129,18 +127,16 @@ def test_hazard_08_inputs_that_repeat_one_head(backend: Backend) -> None:
 @pytest.mark.parametrize("layout", ["NHD", "HND", "slots", "x_packed", "shuffled"])
 @pytest.mark.parametrize("pool_strides", ["dense", "kv", "odd", "random"])
 @pytest.mark.parametrize("pool_dtype", ["model", "float8_e4m3fn"])
-def test_hazard_08_pool_views(
-    layout: str, pool_strides: str, pool_dtype: str, backend: Backend
-) -> None:
+def test_pool_views(layout: str, pool_strides: str, pool_dtype: str, backend: Backend) -> None:
     for op in ("store_kv_", "rope_store_kv_"):
         case = Case(op=op, layout=layout, pool_strides=pool_strides, pool_dtype=pool_dtype)
         check(replace(case, pages=10, page_size=8, tokens=9, heads_kv=4), backend)
 
 
-# --- 16 aliasing ----------------------------------------------------------------------------------
+# --- aliasing -------------------------------------------------------------------------------------
 
 
-def test_hazard_16_arguments_that_share_a_storage(backend: Backend) -> None:
+def test_arguments_that_share_a_storage(backend: Backend) -> None:
     """Q, K, V of one projection, planes of one pool; q_out in a gap of the projection's rows."""
     case = replace(BASE, strides="packed", pool_strides="kv", write_k=True)
     check(case, backend)

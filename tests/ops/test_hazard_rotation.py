@@ -1,6 +1,6 @@
-"""Hazards 03, 04, 05, 11: the rotation, its pairs, its width, its precision, and K written back.
+"""What goes wrong with a rotation: done twice, its pairs, its width, its precision, K written back.
 
-That the schemas say when K is written (04) is tested in test_torch_ops.py.
+That the schemas say when K is written is tested in test_torch_ops.py.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ BASE = Case(op="rope_store_kv_")
 MLA = Case(op="rope_store_mla_", heads_q=3, head_dim=64, row_format="fp8_ds_mla")
 
 
-# --- 03 rotated twice, wrong pairing --------------------------------------------------------------
+# --- rotated twice, wrong pairing -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_hazard_03_pairing_by_hand(interleaved: bool, backend: Backend) -> None:
+def test_pairing_by_hand(interleaved: bool, backend: Backend) -> None:
     """Position 1 turns the first pair by 90 degrees and the second by 180, position 0 nothing."""
     table = torch.tensor([[1.0, 1, 0, 0], [0, -1, 1, 0]])
     q = torch.tensor([[[1.0, 2, 3, 4, 5]], [[1, 2, 3, 4, 5]]], device=backend.device)
@@ -38,21 +38,19 @@ def test_hazard_03_pairing_by_hand(interleaved: bool, backend: Backend) -> None:
 
 @pytest.mark.parametrize("heads", [(1, 1), (2, 2), (8, 2), (9, 3)])
 @pytest.mark.parametrize("write_k", [False, True])
-def test_hazard_03_each_head_rotated_once(
-    heads: tuple[int, int], write_k: bool, backend: Backend
-) -> None:
+def test_each_head_rotated_once(heads: tuple[int, int], write_k: bool, backend: Backend) -> None:
     for op in ("rope_", "rope_store_kv_"):
         case = Case(op=op, heads_q=heads[0], heads_kv=heads[1], write_k=write_k, tokens=3)
         check(case, backend)
 
 
-# --- 04 K not written back ------------------------------------------------------------------------
+# --- K not written back ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pool_dtype", ["model", *FP8])
 @pytest.mark.parametrize("k_norm", [None, "float32"])
 @pytest.mark.parametrize("write_k", [False, True])
-def test_hazard_04_k_written_back_exactly_when_asked(
+def test_k_written_back_exactly_when_asked(
     pool_dtype: str, k_norm: str | None, write_k: bool, backend: Backend
 ) -> None:
     """In the model dtype, unscaled, whatever the pool holds; and for padding tokens too."""
@@ -65,14 +63,14 @@ def test_hazard_04_k_written_back_exactly_when_asked(
 
 @pytest.mark.parametrize("write_k", [False, True])
 @pytest.mark.parametrize("row_format", ["model", "fp8", "fp8_ds_mla"])
-def test_hazard_04_k_rope_written_back_exactly_when_asked(
+def test_k_rope_written_back_exactly_when_asked(
     row_format: str, write_k: bool, backend: Backend
 ) -> None:
     case = replace(MLA, row_format=row_format, pool_dtype=FP8[0], write_k=write_k)
     check_args(case.op, altered(case, slot_mapping=torch.tensor([-1, 3, 99, 0, -5, 2])), backend)
 
 
-# --- 05 partial rotary ----------------------------------------------------------------------------
+# --- partial rotary -------------------------------------------------------------------------------
 
 PARTIAL = [(64, 32), (80, 32), (80, 20), (96, 48), (112, 56), (128, 2), (128, 6), (128, 126)]
 PARTIAL += [(192, 64), (256, 64), (256, 30), (576, 64), (65, 64), (67, 10), (3, 2), (2, 2)]
@@ -80,7 +78,7 @@ PARTIAL += [(192, 64), (256, 64), (256, 30), (576, 64), (65, 64), (67, 10), (3, 
 
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), PARTIAL)
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_hazard_05_partial_rotary(
+def test_partial_rotary(
     head_dim: int, rotary_dim: int, interleaved: bool, backend: Backend
 ) -> None:
     """The rest of the head passes through to the pool, to q_out and, normed, to both."""
@@ -99,13 +97,13 @@ def test_hazard_05_partial_rotary(
         check(replace(case, **fields), backend)
 
 
-# --- 11 rotation in half precision ----------------------------------------------------------------
+# --- rotation in half precision -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("table_dtype", ["float32", "model"])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_hazard_11_rotation_is_float32(
+def test_rotation_is_float32(
     dtype: str, table_dtype: str, interleaved: bool, backend: Backend
 ) -> None:
     """Many values, so that a product or a table rounded to half precision moves some of them."""
@@ -128,7 +126,7 @@ def test_hazard_11_rotation_is_float32(
 
 @pytest.mark.parametrize("op", ["rope_", "rope_store_mla_"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_hazard_11_last_positions_of_a_long_context(op: str, dtype: str, backend: Backend) -> None:
+def test_last_positions_of_a_long_context(op: str, dtype: str, backend: Backend) -> None:
     case = Case(op=op, dtype=dtype, max_position=131072, head_dim=64, tokens=4)
     positions = torch.tensor([131071, 131070, 65537, 100003])
     check_args(op, altered(case, positions=positions), backend)

@@ -1,4 +1,4 @@
-"""Hazard 01: tensors whose rows stand further apart than 32 bits reach, in bytes and in elements.
+"""Tensors whose rows stand further apart than 32 bits reach, in bytes and in elements.
 
 The tensors live in one large mapping of which only touched pages take memory. After a call the
 pages that came into being are read back, so a write that wrapped to anywhere in it is seen.
@@ -112,7 +112,7 @@ def _far(
 @pytest.mark.parametrize("layout", ["NHD", "HND", "slots", "x_packed", "shuffled"])
 @pytest.mark.parametrize("stored", ["model", *FP8])
 @pytest.mark.parametrize("op", ["store_kv_", "rope_store_kv_"])
-def test_hazard_01_pool_pages_past_32_bits(
+def test_pool_pages_past_32_bits(
     op: str, layout: str, stored: str, space: Space, backend: Backend
 ) -> None:
     pages = 9
@@ -138,7 +138,7 @@ def test_hazard_01_pool_pages_past_32_bits(
 
 @pytest.mark.parametrize("far_dim", [1, 2])
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
-def test_hazard_01_pool_rows_and_heads_past_32_bits(
+def test_pool_rows_and_heads_past_32_bits(
     layout: str, far_dim: int, space: Space, backend: Backend
 ) -> None:
     case = Case(layout=layout, page_size=5, pages=1, heads_kv=5, heads_q=5, tokens=5, head_dim=16)
@@ -153,7 +153,7 @@ def test_hazard_01_pool_rows_and_heads_past_32_bits(
 @pytest.mark.parametrize("op", ["store_mla_", "rope_store_mla_"])
 @pytest.mark.parametrize("row_format", ["model", "fp8", "fp8_ds_mla"])
 @pytest.mark.parametrize("paged", [False, True])
-def test_hazard_01_mla_rows_past_32_bits(
+def test_mla_rows_past_32_bits(
     op: str, row_format: str, paged: bool, space: Space, backend: Backend
 ) -> None:
     case = Case(
@@ -174,7 +174,7 @@ def test_hazard_01_mla_rows_past_32_bits(
 
 @pytest.mark.parametrize("op", ["rope_", "rope_store_kv_"])
 @pytest.mark.parametrize("far_dim", [0, 1])
-def test_hazard_01_heads_and_tokens_past_32_bits(
+def test_heads_and_tokens_past_32_bits(
     op: str, far_dim: int, space: Space, backend: Backend
 ) -> None:
     """The QKV offset of a long prefill: tokens, or heads, more than 2**31 elements apart."""
@@ -188,7 +188,7 @@ def test_hazard_01_heads_and_tokens_past_32_bits(
     run(op, args, far, space, backend)
 
 
-def test_hazard_01_q_out_past_32_bits(space: Space, backend: Backend) -> None:
+def test_q_out_past_32_bits(space: Space, backend: Backend) -> None:
     case = Case(tokens=9, q_out=FP8[0], q_scale="head")
     args = arguments(case)
     q_out = args["q_out"]
@@ -197,7 +197,7 @@ def test_hazard_01_q_out_past_32_bits(space: Space, backend: Backend) -> None:
     )
 
 
-def test_hazard_01_mla_inputs_past_32_bits(space: Space, backend: Backend) -> None:
+def test_mla_inputs_past_32_bits(space: Space, backend: Backend) -> None:
     case = Case(op="rope_store_mla_", tokens=9, head_dim=64, write_k=True)
     args = arguments(case)
     far = {
@@ -207,7 +207,7 @@ def test_hazard_01_mla_inputs_past_32_bits(space: Space, backend: Backend) -> No
     run(case.op, args, far, space, backend)
 
 
-def test_hazard_01_table_rows_past_32_bits(space: Space, backend: Backend) -> None:
+def test_table_rows_past_32_bits(space: Space, backend: Backend) -> None:
     case = Case(tokens=9, max_position=9, head_dim=16, mrope="sectioned")
     args = arguments(case)
     args["positions"] = torch.arange(9).expand(3, 9).clone()
@@ -218,7 +218,7 @@ def test_hazard_01_table_rows_past_32_bits(space: Space, backend: Backend) -> No
     run(case.op, args, far, space, backend)
 
 
-def test_hazard_01_positions_past_32_bits(space: Space, backend: Backend) -> None:
+def test_positions_past_32_bits(space: Space, backend: Backend) -> None:
     """The three rows of M-RoPE positions far apart."""
     case = Case(tokens=5, mrope="interleaved", head_dim=16)
     args = arguments(case)

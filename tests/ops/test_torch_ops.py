@@ -81,7 +81,8 @@ def positional(op: str, overload: str, args: Args, backend: str) -> tuple[Any, .
 
 @pytest.mark.parametrize(("op", "overload"), OVERLOADS)
 def test_schema(op: str, overload: str) -> None:
-    """Tensors first, nothing returned, and exactly what is written is marked (hazard 04: K)."""
+    """Tensors first, nothing returned, and exactly what is written is marked: K where it is
+    written back, and only there."""
     schema = overload_of(op, overload)._schema
     names = [argument.name for argument in schema.arguments]
     assert names[: len(TENSORS[op])] == TENSORS[op]

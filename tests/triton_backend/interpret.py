@@ -17,8 +17,8 @@ from ops import grids
 from ops.backend import Backend
 from ops.calls import FNUZ, check
 from ops.test_hazard_fp8 import (
-    test_hazard_10_every_half_value_in_fp8,
-    test_hazard_10_float32_next_to_every_tie,
+    test_every_half_value_in_fp8,
+    test_float32_next_to_every_tie,
 )
 from ops.test_random_calls import OPS, cases
 
@@ -48,8 +48,8 @@ def random() -> None:
 def fnuz() -> None:
     """The FNUZ encodings of gfx942: every half value, every tie, and calls of the grids."""
     for stored in FNUZ:
-        test_hazard_10_every_half_value_in_fp8(torch.float16, stored, None, TRITON)
-        test_hazard_10_float32_next_to_every_tie(stored, TRITON)
+        test_every_half_value_in_fp8(torch.float16, stored, None, TRITON)
+        test_float32_next_to_every_tie(stored, TRITON)
     for case in grids.fnuz_cases()[::2]:
         print(case, flush=True)
         check(case, TRITON)
