@@ -44,19 +44,20 @@ struct Buffers {
 struct Case {
     std::int32_t kernel, dtype, width, per_thread;  // per_thread 0: what the host would choose
     std::int32_t source, long_positions, long_slots, sloppy;
+    std::uint32_t first_token;  // the threads of those before it do not run
 };
 
 template <class Body>
-static void each_thread(const Grid& grid, Body body) {
+static void each_thread(const Grid& grid, Body body, uint first = 0) {
     for (uint z = 0; z < grid.threads[2]; ++z) {
-        for (uint y = 0; y < grid.threads[1]; ++y) {
+        for (uint y = first; y < grid.threads[1]; ++y) {
             for (uint x = 0; x < grid.threads[0]; ++x) body(uint3{x, y, z});
         }
     }
 }
 
 template <class T, int V>
-static void run(Kernel kernel, const Grid& grid, const Buffers& b, RopePoolParams& params) {
+static void run(Kernel kernel, const Grid& grid, const Buffers& b, RopePoolParams& params, uint first) {
     const auto in = [](void* p) { return static_cast<const T*>(p); };
     const auto out = [](void* p) { return static_cast<T*>(p); };
     const auto raw = [](void* p) { return static_cast<const uchar*>(p); };
@@ -75,14 +76,14 @@ static void run(Kernel kernel, const Grid& grid, const Buffers& b, RopePoolParam
                 return rope_pool_fused<T, V>(in(b.q), in(b.k), in(b.v), raw(b.positions), raw(b.slots), raw(b.source),
                                              out(b.q_out), out(b.k_out), out(b.k_pool), out(b.v_pool), params, at);
         }
-    });
+    }, first);
 }
 
 template <class T>
-static void run_width(int width, Kernel kernel, const Grid& grid, const Buffers& b, RopePoolParams& params) {
-    if (width == 4) run<T, 4>(kernel, grid, b, params);
-    else if (width == 2) run<T, 2>(kernel, grid, b, params);
-    else run<T, 1>(kernel, grid, b, params);
+static void run_width(int width, Kernel kernel, const Grid& grid, const Buffers& b, RopePoolParams& params, uint first) {
+    if (width == 4) run<T, 4>(kernel, grid, b, params, first);
+    else if (width == 2) run<T, 2>(kernel, grid, b, params, first);
+    else run<T, 1>(kernel, grid, b, params, first);
 }
 
 extern "C" {
@@ -126,9 +127,9 @@ void run_kernel(const Case* test, const Shape* shape, const Buffers* buffers, Ro
     metal::sloppy = test->sloppy;
     const auto kernel = static_cast<Kernel>(test->kernel);
     const Grid grid = ropool::metal::grid(kernel, *shape, test->width, kHeadsPerThread);
-    if (test->dtype == 0) run_width<float>(test->width, kernel, grid, *buffers, *params);
-    else if (test->dtype == 1) run_width<half>(test->width, kernel, grid, *buffers, *params);
-    else run_width<bfloat>(test->width, kernel, grid, *buffers, *params);
+    if (test->dtype == 0) run_width<float>(test->width, kernel, grid, *buffers, *params, test->first_token);
+    else if (test->dtype == 1) run_width<half>(test->width, kernel, grid, *buffers, *params, test->first_token);
+    else run_width<bfloat>(test->width, kernel, grid, *buffers, *params, test->first_token);
 }
 
 // The key of a pipeline with the nine constants in `values`, into `out`.

@@ -43,7 +43,7 @@ class _Case(ctypes.Structure):
         (name, ctypes.c_int32)
         for name in (
             *("kernel", "dtype", "width", "per_thread"),
-            *("source", "long_positions", "long_slots", "sloppy"),
+            *("source", "long_positions", "long_slots", "sloppy", "first_token"),
         )
     )
 
@@ -97,6 +97,8 @@ class Call:
     width: int | None = None
     per_thread: int = 0
     sloppy: int = 0
+    first_token: int = 0
+    """The threads of the tokens before it do not run."""
     counts: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -134,7 +136,7 @@ def run(lib: ctypes.CDLL, call: Call, *, count: bool = True) -> int:
     case = _Case(
         *(KERNELS.index(call.kernel), DTYPES.index(t["q"].dtype), width, call.per_thread),
         *(call.source, t["positions"].dtype == torch.int64, t["slots"].dtype == torch.int64),
-        call.sloppy,
+        *(call.sloppy, call.first_token),
     )
     strides = [stride for name in "qkv" for stride in t[name].stride()]
     table_rows = t["source"].shape[0]

@@ -19,7 +19,6 @@ from metal_kernels.harness import (
     KERNELS,
     METAL,
     Shape,
-    build,
     compiler,
     run,
     width_of,
@@ -27,11 +26,6 @@ from metal_kernels.harness import (
 from ops.test_large_addresses import Space
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
-
-
-@pytest.fixture(scope="module")
-def lib(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

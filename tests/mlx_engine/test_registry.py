@@ -227,7 +227,7 @@ def test_tune_writes_what_the_registry_reads(
         (["--heads", "4x2"], "heads are '4x2'; allowed with --mlx: HqxHkxD"),
         (["--heads", "3x2x16"], "heads are '3x2x16'; allowed with --mlx: Hq a multiple of Hk"),
         (["--heads", "4x2x15"], "heads are '4x2x15'; allowed with --mlx: Hq a multiple of Hk, and"),
-        (["--tokens", "8,0"], "tokens is 0; allowed: 1 or more"),
+        (["--tokens", "8,0"], "tokens is '0'; allowed: whole numbers from 1"),
     ],
 )
 def test_tune_names_a_mistake(

@@ -92,8 +92,6 @@ def run_mlx(args: argparse.Namespace) -> int:
         if dtype not in DTYPES:
             raise RopoolError(f"tune: dtype is {dtype!r}; known: {', '.join(DTYPES)}")
     tokens = numbers(args.tokens, "tune") or list(MLX_TOKENS)
-    if min(tokens) < 1:
-        raise RopoolError(f"tune: tokens is {min(tokens)}; allowed: 1 or more")
     check_out(args.out)
     path: Path | None = None
     for found, table in mlx_tune.tune(forms, dtypes, tokens):
