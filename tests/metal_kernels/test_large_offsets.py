@@ -40,15 +40,15 @@ def small(tokens: int = 2, rows: int = 64) -> Call:
         "k": normal(tokens, 2, ROTARY),
         "v": normal(tokens, 2, ROTARY),
         "positions": torch.arange(3, 3 + tokens, dtype=torch.int32),
-        "slots": torch.arange(tokens - 1, -1, -1, dtype=torch.int32),
+        "slots": torch.arange(tokens, 0, -1, dtype=torch.int32),
         "source": torch.cat([angles.cos(), angles.sin()], 1).float(),
         "q_out": torch.full((tokens, 4, ROTARY), 77.0, dtype=torch.bfloat16),
         "k_out": torch.full((tokens, 2, ROTARY), 77.0, dtype=torch.bfloat16),
-        "k_pool": torch.full((tokens, 2, ROTARY), 77.0, dtype=torch.bfloat16),
-        "v_pool": torch.full((tokens, 2, ROTARY), 77.0, dtype=torch.bfloat16),
+        "k_pool": torch.full((tokens + 1, 2, ROTARY), 77.0, dtype=torch.bfloat16),
+        "v_pool": torch.full((tokens + 1, 2, ROTARY), 77.0, dtype=torch.bfloat16),
     }
     shape = Shape(tokens, 4, 2, ROTARY, ROTARY, False)
-    return Call("rope_pool_fused", shape, tensors, tokens, 1)
+    return Call("rope_pool_fused", shape, tensors, tokens + 1, 1)
 
 
 def expected(lib: ctypes.CDLL) -> dict[str, Tensor]:
