@@ -23,6 +23,20 @@ def check_machine() -> None:
         sys.exit(f"ropool-metal is for macOS and Linux, not for {system}: pip install ropool")
 
 
+def build_sdist(sdist_directory: str, config_settings: dict[str, Any] | None = None) -> str:
+    """Refused: no archive of this folder has ../csrc, the kernels that the CPU runs."""
+    sys.exit(
+        "ropool-metal is built from a clone, since it compiles ../csrc too; there is no sdist: "
+        "pip install ./metal, or for a wheel: pip wheel --no-deps ./metal"
+    )
+
+
+def get_requires_for_build_sdist(config_settings: dict[str, Any] | None = None) -> list[str]:
+    """Ends before anything is installed for it."""
+    build_sdist("")
+    return []
+
+
 def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
     """What to install before the build: MLX too, whose headers and library it needs."""
     check_machine()

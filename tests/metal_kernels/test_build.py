@@ -182,6 +182,15 @@ def test_the_build_asks_for_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "nanobind==3.1.0" in needed and callable(backend.build_wheel)
 
 
+@pytest.mark.parametrize("hook", ["build_sdist", "get_requires_for_build_sdist"])
+def test_there_is_no_sdist(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would lack the C++ kernels, which stand beside this folder."""
+    backend = load_backend(monkeypatch)
+    with pytest.raises(SystemExit, match=r"there is no sdist: pip install \./metal") as caught:
+        getattr(backend, hook)(*(["dist"] if hook == "build_sdist" else []))
+    assert "\n" not in str(caught.value)
+
+
 def test_the_versions_agree() -> None:
     """The release of MLX stands in many places, and each must say the same."""
     project = (METAL / "pyproject.toml").read_text()
