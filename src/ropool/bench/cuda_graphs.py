@@ -15,8 +15,8 @@ from ropool.bench.timing import Sample, Samplers, Timed
 COPY_BYTES = 2 << 30
 FLUSH_BYTES = 512 << 20
 FIRST_GRAPHS = 32
-"""Kernels that do not overlap can run faster in some graphs of a process than in all others; with so
-many alive from the start, none of those that were measured did."""
+"""Kernels that do not overlap can run faster in some graphs of a process than in all others; with
+so many alive from the start, none of those that were measured did."""
 WARM_UP_CALLS = 3
 NODES = 256
 CYCLES = 4
