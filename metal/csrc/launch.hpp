@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
+#include <cstddef>
 #include <cstdint>
-#include <string>
+#include <initializer_list>
 
 namespace ropool::metal {
 
@@ -104,14 +106,18 @@ struct Constants {
     std::int32_t source;
     bool long_positions, long_slots;
 
-    // Every constant stands in the key, exactly: pipelines are cached by it.
-    std::string key(const std::string& kernel) const {
-        std::string text = kernel;
+    // Every constant stands in the key, exactly: pipelines are cached by it. `Text` is std::string in the product; the
+    // tests use one of their own, which needs no library.
+    template <class Text>
+    Text key(Text text) const {
         for (const std::int64_t value :
              {std::int64_t{head_dim}, std::int64_t{rotary_dim}, std::int64_t{heads_q}, std::int64_t{heads_kv},
               std::int64_t{heads_per_thread}, std::int64_t{interleaved}, std::int64_t{source},
               std::int64_t{long_positions}, std::int64_t{long_slots}}) {
-            text += '_' + std::to_string(value);
+            std::array<char, 24> digits;
+            digits[0] = '_';
+            const char* end = std::to_chars(digits.data() + 1, digits.data() + digits.size(), value).ptr;
+            text.append(digits.data(), static_cast<std::size_t>(end - digits.data()));
         }
         return text;
     }

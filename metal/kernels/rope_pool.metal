@@ -102,11 +102,11 @@ struct Rotation {
 // before sin and cos see it: exact enough for any position below 2^24, where float(position) is.
 inline void sincos_of(float position, float high, float low, thread float& sine, thread float& cosine) {
     float angle = position * high;
-    float rest = fma(position, high, -angle) + position * low;
-    float turns = rint(angle * 0.159154943f);
+    float rest = metal::fma(position, high, -angle) + position * low;
+    float turns = metal::rint(angle * 0.159154943f);
     // 2 pi in three parts, the first two with the bits that make the products exact or nearly so.
-    angle = fma(turns, -6.28318548f, angle);
-    angle = fma(turns, 1.74845553e-7f, angle);
+    angle = metal::fma(turns, -6.28318548f, angle);
+    angle = metal::fma(turns, 1.74845553e-7f, angle);
     angle += rest;
     sine = precise::sin(angle);
     cosine = precise::cos(angle);
@@ -348,8 +348,14 @@ template <typename T, int V>
     }
 }
 
+// Only Metal's compiler takes attributes at this place.
+#ifdef __METAL_VERSION__
+#define ROPOOL_NAMED(name) [[host_name(name)]] [[kernel]]
+#else
+#define ROPOOL_NAMED(name)
+#endif
 #define ROPOOL_INSTANTIATE(kernel_name, type_name, T, V) \
-    template [[host_name(#kernel_name "_" #type_name "_" #V)]] [[kernel]] decltype(kernel_name<T, V>) kernel_name<T, V>;
+    template ROPOOL_NAMED(#kernel_name "_" #type_name "_" #V) decltype(kernel_name<T, V>) kernel_name<T, V>;
 #define ROPOOL_KERNELS(type_name, T, V)                   \
     ROPOOL_INSTANTIATE(rope_q, type_name, T, V)          \
     ROPOOL_INSTANTIATE(rope_k_pool, type_name, T, V)     \

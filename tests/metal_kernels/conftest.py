@@ -6,9 +6,18 @@ import ctypes
 
 import pytest
 
-from metal_kernels.harness import build
+from metal_kernels import compiler
+from metal_kernels.harness import load
+from ops.backend import without_compiler
 
 
 @pytest.fixture(scope="session")
-def lib(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build(tmp_path_factory.mktemp("kernels"))
+def clang() -> None:
+    """Skip the test, or fail it, where there is no clang."""
+    if (reason := compiler.missing()) is not None:
+        without_compiler("clang", reason)
+
+
+@pytest.fixture(scope="session")
+def lib(clang: None) -> ctypes.CDLL:
+    return load()

@@ -9,14 +9,13 @@ and linked with its library. Run by `make verify-metal`.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
-from metal_kernels.harness import HERE, METAL
+from metal_kernels.compiler import HERE, METAL, zig
 
 CORE = METAL.parent / "csrc"
 HOST = ("rope_pool.cpp", "eval_cpu.cpp", "eval_gpu.cpp")
@@ -33,13 +32,6 @@ def mlx_version() -> str:
     found = re.search(r'MLX_VERSION = "(.*)"', text)
     assert found is not None
     return found[1]
-
-
-def zig(*arguments: str) -> None:
-    """Run a compiler of `ziglang`; ends this process where it fails."""
-    command = [sys.executable, "-m", "ziglang", *arguments]
-    if (code := subprocess.run(command, check=False).returncode) != 0:
-        sys.exit(f"exit code {code}: {' '.join(arguments)}")
 
 
 def kernels_as_opencl(folder: Path) -> Path:
@@ -97,8 +89,6 @@ def compile_host(folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    if importlib.util.find_spec("ziglang") is None:
-        sys.exit("cross_compile needs the package ziglang: pip install ziglang")
     folder.mkdir(parents=True, exist_ok=True)
     check_kernels(folder)
     print("kernels: types and address spaces are right")

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import faulthandler
 import random
-import tempfile
-from pathlib import Path
 
 from metal_kernels.cases import check, random_call
-from metal_kernels.harness import DTYPES, KERNELS, build, run
+from metal_kernels.harness import DTYPES, KERNELS, load, run
 from ops.guard_pages import Fence
 
 
 def main() -> None:
     faulthandler.enable()
-    with tempfile.TemporaryDirectory() as folder:
-        lib = build(Path(folder))
+    lib = load()
     rng = random.Random(1)
     for number in range(8 * len(KERNELS) * len(DTYPES)):
         call = random_call(KERNELS[number % 5], DTYPES[number % 3], rng)

@@ -1,25 +1,28 @@
-// Runs the kernels of rope_pool.metal one thread after the other over the grid that the host code lays out.
+// Runs the kernels of rope_pool.metal one thread after the other over the grid that the host code lays out. Of the C++
+// library it uses what stands in headers: there is none to link with.
 
 // The standard headers first: the shim makes `thread`, `device` and `constant` vanish.
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
-#include <string>
+#include <cstring>
 #include <utility>
-#include <vector>
 
 // Every store is counted in the range that it falls into; one that falls into none is an error.
 struct Range {
     std::uintptr_t begin, end;
     std::uint8_t* counts;
 };
-static std::vector<Range> ranges;
+static std::array<Range, 8> ranges;
+static std::size_t range_count = 0;
 static long stray = 0;
 
 static void on_store(const void* address, std::size_t bytes) {
     const auto begin = reinterpret_cast<std::uintptr_t>(address);
-    for (const Range& range : ranges) {
+    for (std::size_t at = 0; at < range_count; ++at) {
+        const Range& range = ranges[at];
         if (begin >= range.begin && begin + bytes <= range.end) {
             for (std::size_t i = 0; range.counts != nullptr && i < bytes; ++i) ++range.counts[begin - range.begin + i];
             return;
@@ -90,11 +93,11 @@ extern "C" {
 
 void watch(void* address, std::int64_t bytes, std::uint8_t* counts) {
     const auto begin = reinterpret_cast<std::uintptr_t>(address);
-    ranges.push_back({begin, begin + static_cast<std::uintptr_t>(bytes), counts});
+    ranges[range_count++] = {begin, begin + static_cast<std::uintptr_t>(bytes), counts};
 }
 
 long unwatch() {
-    ranges.clear();
+    range_count = 0;
     return std::exchange(stray, 0);
 }
 
@@ -133,11 +136,17 @@ void run_kernel(const Case* test, const Shape* shape, const Buffers* buffers, Ro
 }
 
 // The key of a pipeline with the nine constants in `values`, into `out`.
-void pipeline_key(const std::int32_t* values, char* out, std::size_t size) {
+void pipeline_key(const std::int32_t* values, char* out) {
+    struct Text {
+        char* end;
+        void append(const char* from, std::size_t size) {
+            std::memcpy(end, from, size);
+            end += size;
+        }
+    };
     const ropool::metal::Constants constants = {values[0],      values[1], values[2],      values[3],     values[4],
                                                 values[5] != 0, values[6], values[7] != 0, values[8] != 0};
-    const std::string key = constants.key("kernel");
-    std::copy_n(key.c_str(), std::min(size, key.size() + 1), out);
+    *constants.key(Text{out}).end = '\0';
 }
 
 void run_copy(void* from, void* to, std::int64_t bytes, int aligned) {

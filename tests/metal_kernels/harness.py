@@ -1,28 +1,18 @@
-"""Compiles the `.metal` file as C++ and calls its kernels, one thread after the other."""
+"""Calls the kernels of the `.metal` file, compiled as C++, one thread after the other."""
 
 from __future__ import annotations
 
 import ctypes
-import os
-import shutil
-import subprocess
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-HERE = Path(__file__).parent
-METAL = HERE.parents[1] / "metal"
+from metal_kernels.compiler import build
+
 KERNELS = ("rope_q", "rope_k_pool", "v_to_pool", "kv_to_pool", "rope_pool_fused")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FLAGS = (
-    *("-std=c++20", "-O1", "-fPIC", "-shared", "-ffp-contract=off"),
-    # A load or store at an address that is no multiple of its size ends the process.
-    *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
-    *("-Wall", "-Wextra", "-Werror", "-Wno-attributes", "-Wno-unknown-pragmas"),
-)
 
 
 class Shape(ctypes.Structure):
@@ -64,24 +54,12 @@ class _Params(ctypes.Structure):
     )
 
 
-def compiler() -> str | None:
-    """The C++ compiler of this machine, or `None`."""
-    return shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
-
-
-def build(folder: Path) -> ctypes.CDLL:
-    """Compile the kernels with the harness into `folder` and load them."""
-    cxx = compiler()
-    assert cxx is not None
-    library = folder / "kernels.so"
-    include = [f"-I{path}" for path in (HERE / "shim", METAL / "kernels", METAL / "csrc")]
-    command = [cxx, *FLAGS, *include, str(HERE / "harness.cpp"), "-o", str(library)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    loaded = ctypes.CDLL(str(library))
-    loaded.unwatch.restype = ctypes.c_long
-    loaded.alignment.restype = ctypes.c_int64
-    return loaded
+def load() -> ctypes.CDLL:
+    """The compiled kernels, with the types of what their functions return."""
+    library = build()
+    library.unwatch.restype = ctypes.c_long
+    library.alignment.restype = ctypes.c_int64
+    return library
 
 
 @dataclass

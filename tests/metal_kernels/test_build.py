@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from metal_kernels.harness import METAL
+from metal_kernels.compiler import METAL
 
 CMAKE = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
 pytestmark = pytest.mark.skipif(CMAKE is None, reason="no cmake")

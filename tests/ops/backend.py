@@ -31,7 +31,7 @@ def required_backends() -> set[str]:
 
 
 def without_compiler(name: str, reason: str) -> NoReturn:
-    """Skip the test, or fail it where `ROPOOL_REQUIRE_COMPILERS` (`nvrtc,triton`) has the name."""
+    """Skip the test, or fail it where `ROPOOL_REQUIRE_COMPILERS` (`nvrtc,triton,clang`) has it."""
     if name in os.environ.get("ROPOOL_REQUIRE_COMPILERS", "").split(","):
         pytest.fail(f"compiler {name} is required here: {reason}")
     pytest.skip(f"compiler {name}: {reason}")
