@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from ropool.cli.main import main
 from ropool.dispatch import OPS, tuning
 from ropool.dispatch.key import Key
 from ropool.errors import RopoolError
+from ropool.ops._call import described as call_of
 
 CPU = torch.device("cpu")
 MICROSECONDS = {(1, 0): 9.0, (2, 0): 5.0, (3, 0): 7.0, (2, 1): 4.0, (2, 2): 3.99, (3, 1): 6.0}
@@ -75,17 +77,72 @@ def test_what_is_in_force_stays_when_no_other_is_faster(monkeypatch: pytest.Monk
     assert (found.choice, found.best_us, found.before_us) == (now, 4.0, 4.0)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+def described(subject: Subject | None) -> Key:
+    """The key of such a call, which the reference runs."""
+    assert subject is not None
+    arguments = scratch.arguments(subject, 5, CPU)
+    getattr(ropool, subject.op)(**arguments, backend="reference")
+    key, _ = call_of("tune", subject.op, (), arguments).key()
+    return key
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "norm+fp8_pool", "q_out+write_k+fp8_ds_mla"])
 @pytest.mark.parametrize("op", OPS)
 def test_every_subject_is_a_call_of_its_op(op: str, variant: str) -> None:
     heads = "4x512+64" if "mla" in op else "4x2x16"
     subject = scratch.subject(op, heads, "bfloat16", variant)
+    assert scratch.subject(op, "4x2x16" if "mla" in op else "4x512+64", "bfloat16", variant) is None
     if subject is None:
         assert variant != "plain"
         return
-    arguments = scratch.arguments(subject, 5, CPU)
-    getattr(ropool, op)(**arguments, backend="reference")
-    assert scratch.subject(op, "4x2x16" if "mla" in op else "4x512+64", "bfloat16", variant) is None
+    key, parts = described(subject), variant.split("+")
+    packed, fp8 = "fp8_ds_mla" in parts, {"fp8", "fp8_pool"} & set(parts)
+    pool = "float8_e4m3fn" if fp8 else "uint8" if packed else "bfloat16"
+    assert key.pool_dtype == (None if op == "rope_" else pool)
+    assert (key.row_format == "fp8_ds_mla") == packed
+    assert key.write_k == ("write_k" in parts)
+    assert (key.q_norm_dtype is not None) == ("norm" in parts)
+    query = {"fp8": "float8_e4m3fn", "q_out": "bfloat16"}
+    rotates = op.startswith("rope")
+    assert key.q_out_dtype == next((query[p] for p in parts if rotates and p in query), None)
+
+
+def test_every_kind_of_call_can_be_tuned() -> None:
+    """Each field that a table is indexed by takes each of its values for some subject."""
+    found: dict[str, set[Any]] = {}
+    for op, heads, variant in itertools.product(
+        OPS, ("4x2x16", "4x2x16/8", "4x512+64"), (*VARIANTS, "q_out+fp8_pool", "norm+write_k")
+    ):
+        subject = scratch.subject(op, heads, "bfloat16", variant)
+        if subject is not None:
+            for name, value in tuning.subject(described(subject)):
+                found.setdefault(f"{op} {name}", set()).add(value)
+    rotating, mla = ("rope_store_kv_", "rope_store_mla_"), ("store_mla_", "rope_store_mla_")
+    for op in OPS:
+        assert found.get(f"{op} pool_bytes", {1, 2}) == {1, 2}
+        assert found.get(f"{op} q_out_bytes") == ({1, 2} if op in rotating else None)
+        assert found.get(f"{op} write_k") == ({True} if op in rotating else None)
+        assert found.get(f"{op} packed_row") == ({True} if op in mla else None)
+        assert found.get(f"{op} norm") == ({True} if op == "rope_store_kv_" else None)
+    assert found["rope_ rotary_dim"] == found["rope_store_kv_ rotary_dim"] == {8, 16}
+    fp8_pool = scratch.subject("rope_store_kv_", "4x2x16", "bfloat16", "fp8_pool")
+    assert ("pool_bytes", 1) in tuning.subject(described(fp8_pool))
+    assert "q_out_bytes" not in dict(tuning.subject(described(fp8_pool)))
+
+
+@pytest.mark.parametrize(
+    ("op", "heads", "variant"),
+    [
+        ("store_kv_", "4x2x16/8", "plain"),
+        ("store_kv_", "4x2x16", "fp8_pool"),
+        ("rope_store_kv_", "4x2x16", "fp8+fp8_pool"),
+        ("rope_store_kv_", "4x2x16", "fp8+q_out"),
+        ("rope_store_mla_", "4x256+64", "fp8_ds_mla"),
+        ("rope_store_mla_", "4x512+64", "fp8_ds_mla+fp8"),
+    ],
+)
+def test_what_does_not_go_together(op: str, heads: str, variant: str) -> None:
+    assert scratch.subject(op, heads, "bfloat16", variant) is None
 
 
 def test_what_was_found_is_used_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,6 +173,12 @@ def test_without_a_gpu_there_is_nothing_to_tune(capsys: pytest.CaptureFixture[st
         (["--op", "rope"], "tune: op is 'rope'; known: rope_, "),
         (["--dtype", "int8"], "tune: dtype is 'int8'; known: bfloat16"),
         (["--variant", "fast"], "tune: variant is 'fast'; known: plain, norm"),
+        (["--variant", "norm+fast"], "tune: variant is 'norm+fast'; known: plain, norm"),
+        (["--variant", "plain+norm"], "tune: variant is 'plain+norm'; known: plain, norm"),
+        (["--heads", "4x2x16/9"], "heads are '4x2x16/9'; allowed behind the slash"),
+        (["--heads", "4x2x16/18"], "heads are '4x2x16/18'; allowed behind the slash"),
+        (["--heads", "4x2x16/"], "heads are '4x2x16/'; allowed behind the slash"),
+        (["--heads", "4x512+64/32"], "heads are '4x512+64/32'; allowed behind the slash"),
         (["--heads", "4x512+64", "--op", "rope_"], "do not go together"),
         (["--heads", "4"], "ropool: tune: heads are '4'; expected"),
         (["--tokens", "0"], "ropool: tune: tokens is '0'; allowed: whole numbers from 1"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +14,8 @@ import pytest
 import torch
 
 from ops.calls import Case, arguments
+from ropool.backends.triton.plan import Plan
+from ropool.dispatch import tuning
 from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args
 from ropool.ops._call import described
@@ -62,12 +67,13 @@ class Gpu:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     from triton.backends.compiler import GPUTarget
 
-    from ropool.backends.triton import launch
+    from ropool.backends.triton import candidates, launch
 
     gpu = Gpu()
     target = GPUTarget("hip", "gfx942", 64)
     active = SimpleNamespace(get_current_target=lambda: target)
-    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+    for module in (candidates, launch):
+        monkeypatch.setattr(module, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(launch, "triton", SimpleNamespace(compile=gpu.compile))
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(torch, "get_device_module", lambda device: gpu)
@@ -132,6 +138,69 @@ def test_a_capture_compiles_nothing(gpu: Gpu) -> None:
     with pytest.raises(RuntimeError, match=r"ropool.store_kv_: the kernel for .* warm up"):
         bind(other_key, other_args, options)
     assert gpu.compiled == [True]
+
+
+def test_a_launch_keeps_no_tensor_alive(gpu: Gpu) -> None:
+    """Neither of the call that it was bound and compiled for, nor of a later one."""
+    from ropool.backends.triton.launch import bind
+
+    key, args, options = call()
+    launch = bind(key, args, options)
+    launch(args)
+    later = moved(args)
+    launch(later)
+    alive = [weakref.ref(value) for value in (*args, *later) if isinstance(value, torch.Tensor)]
+    del args, later
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * len(alive)
+    assert launch is not None
+
+
+def test_sizes_are_compiled_before_they_are_timed(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from ropool.backends.triton import candidates
+    from ropool.backends.triton.launch import bind
+
+    monkeypatch.setenv("ROPOOL_TUNING", str(tmp_path))
+    key, args, options = call()
+    choices = candidates.layouts(key, 4)
+    candidates.prepare([(key, args, options, choice) for choice in choices], 0)
+    compiled = len(gpu.compiled)
+    assert 1 < compiled <= len(choices)
+    for choice in choices:
+        with tuning.trying(choice):
+            bind(key, args, options)(args)
+    assert len(gpu.compiled) == compiled
+    assert len(gpu.launches) == len(choices)
+
+
+def test_what_is_in_force_is_what_a_call_gets(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from ropool.backends.triton import candidates, launch
+    from ropool.backends.triton.call import describe
+
+    monkeypatch.setenv("ROPOOL_TUNING", str(tmp_path))
+    key, args, options = call()
+    described: list[Any] = []
+    monkeypatch.setattr(
+        launch, "describe", lambda *given: described.append(given[3]) or describe(*given)
+    )
+
+    def bound() -> Plan:
+        launch.bind(key, args, options)
+        return described[-1]
+
+    default, now = bound(), candidates.in_force(key, args, options, 0)
+    with tuning.trying(now):
+        assert bound() == default
+    other = {"warps": 1, "vectors": 8}
+    assert now != other
+    entries = {tuning.subject(key): {4: other}}
+    tuning.write(tuning.Table("triton", "no such GPU", {}, {}, entries), tmp_path)
+    assert candidates.in_force(key, args, options, 0) == other
+    assert bound() != default
 
 
 def test_runs_on_the_tensors_device(gpu: Gpu) -> None:

@@ -30,9 +30,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     add = parser.add_argument
     add("--op", metavar="OPS", help=f"of {', '.join(OPS)} (all)")
-    add("--heads", metavar="FORMS", help=f"HqxHkxD, HqxL+R for the MLA ops ({','.join(HEADS)})")
+    add(
+        "--heads",
+        metavar="FORMS",
+        help=f"HqxHkxD, HqxHkxD/R to rotate R dims, HqxL+R for the MLA ops ({','.join(HEADS)})",
+    )
     add("--dtype", metavar="DTYPES", help=f"of the model, of {', '.join(DTYPES)} (bfloat16)")
-    add("--variant", metavar="NAMES", help=f"of {', '.join(VARIANTS)} (all)")
+    add(
+        "--variant", metavar="NAMES", help=f"of {', '.join(VARIANTS)}, or several joined by + (all)"
+    )
     add("--tokens", metavar="T,T", help=f"({','.join(map(str, TOKENS))})")
     add("--mlx", action="store_true", help="MLX's kernels instead, beside its own operations")
     add("--backend", metavar="NAME", help="(cuda on NVIDIA GPUs, triton on others)")

@@ -21,10 +21,11 @@ from triton.runtime import driver
 from ropool.backends.triton import interpreting
 from ropool.backends.triton.call import Call, describe
 from ropool.backends.triton.kernel import heads_kernel
-from ropool.backends.triton.plan import Plan, interpreted_plan, plan
+from ropool.backends.triton.plan import default_choice, interpreted_plan, plan
 from ropool.dispatch import tuning
 from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args, Launch
+from ropool.dispatch.tuning import Choice
 
 ALIGNMENT = 16
 MOST_THREADS = 2**32 - 1
@@ -97,11 +98,31 @@ def processors_of(device: torch.device) -> int:
     return int(facts.gpu_subslice_count if device.type == "xpu" else facts.multi_processor_count)
 
 
-def cut(key: Key, first: Tensor, lanes: int) -> Plan:
-    """How a call whose first tensor is `first` is cut on its GPU."""
+def choice_of(key: Key, first: Tensor) -> Choice | None:
+    """What was measured for such calls as one whose first tensor is `first`, on its GPU."""
     name = torch.get_device_module(first.device).get_device_name(first.device)
-    choice = tuning.choice_of("triton", name, key, first.shape[0])
-    return plan(key, first.shape[0], lanes, processors_of(first.device), choice)
+    return tuning.choice_of("triton", name, key, first.shape[0])
+
+
+def choice_in_force(key: Key, first: Tensor) -> Choice:
+    """The sizes of the programs of such a call, measured or not."""
+    lanes, processors = driver.active.get_current_target().warp_size, processors_of(first.device)
+    return choice_of(key, first) or default_choice(key, first.shape[0], lanes, processors)
+
+
+def compile_ahead(key: Key, args: Args, options: Options, choice: Choice) -> None:
+    """Compile what a call with the sizes `choice` runs on aligned tensors."""
+    device: torch.device = args[0].device
+    with torch.get_device_module(device).device(device.index):
+        _compile(key, _described(key, args, options, choice), args, True, device.index)
+
+
+def _described(key: Key, args: Args, options: Options, choice: Choice | None) -> Call:
+    """The parameters for a call on the current device whose programs have the sizes `choice`."""
+    first: Tensor = args[0]
+    target = driver.active.get_current_target()
+    sizes = plan(key, first.shape[0], target.warp_size, processors_of(first.device), choice)
+    return describe(key, args, options, sizes, True, native_fp8(target))
 
 
 def native_fp8(target: Any) -> bool:
@@ -117,13 +138,12 @@ def bind(key: Key, args: Args, options: Options) -> Launch:
     module = torch.get_device_module(first.device)
     index: int = first.device.index
     with module.device(index):
-        target = driver.active.get_current_target()
-        sizes = cut(key, first, target.warp_size)
-        call = describe(key, args, options, sizes, True, native_fp8(target))
-        if call.grid * call.warps * target.warp_size > MOST_THREADS:
+        call = _described(key, args, options, choice_of(key, first))
+        threads = call.warps * driver.active.get_current_target().warp_size
+        if call.grid * threads > MOST_THREADS:
             raise ValueError(
                 f"ropool.{key.op}: {first.shape[0]} tokens take {call.grid} programs of "
-                f"{call.warps * target.warp_size} threads; allowed: {MOST_THREADS} threads in all"
+                f"{threads} threads; allowed: {MOST_THREADS} threads in all"
             )
         runners = {True: _compile(key, call, args, True, index)[(call.grid, 1, 1)]}
 

@@ -63,14 +63,10 @@ def plan(key: Key, tokens: int, lanes: int, processors: int, choice: Choice | No
     """A plan for `tokens` tokens on a GPU with `lanes` threads a warp and so many processors;
     `choice`: what was measured for such calls. Raises `ValueError` for a choice that is none."""
     heads_kv = key.heads_kv or 1
-    q_vectors = _vectors(key.head_dim, key)
-    v_vectors = _vectors(key.latent_dim or key.v_head_dim, key)
-    total = tokens * (key.heads_q * q_vectors + heads_kv * (q_vectors + v_vectors))
-    if choice is not None:
-        warps, vectors = _size(choice)
-    else:
-        many = _MANY[0] * _MANY[1] * lanes * _PROGRAMS * processors
-        warps, vectors = _MANY if total >= many else _FEW
+    q_vectors, v_vectors = _head_vectors(key)
+    if choice is None:
+        choice = default_choice(key, tokens, lanes, processors)
+    warps, vectors = _size(choice)
     budget = warps * lanes * vectors
     return Plan(
         _block(tokens, key.heads_q, q_vectors, budget),
@@ -78,6 +74,20 @@ def plan(key: Key, tokens: int, lanes: int, processors: int, choice: Choice | No
         _block(tokens, heads_kv, v_vectors, budget),
         warps,
     )
+
+
+def default_choice(key: Key, tokens: int, lanes: int, processors: int) -> Choice:
+    """What a call gets that nothing was measured for."""
+    q_vectors, v_vectors = _head_vectors(key)
+    total = tokens * (key.heads_q * q_vectors + (key.heads_kv or 1) * (q_vectors + v_vectors))
+    many = _MANY[0] * _MANY[1] * lanes * _PROGRAMS * processors
+    warps, vectors = _MANY if total >= many else _FEW
+    return {"warps": warps, "vectors": vectors}
+
+
+def _head_vectors(key: Key) -> tuple[int, int]:
+    """16-byte vectors of a query or key head, and of a value head or latent."""
+    return _vectors(key.head_dim, key), _vectors(key.latent_dim or key.v_head_dim, key)
 
 
 def check_tuning(table: Table) -> None:
