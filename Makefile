@@ -84,7 +84,7 @@ $(STAMPS)/demo-mlx: $(STAMPS)/demo $(METAL_INPUTS)
 		$(PIP) $(EDITABLE) '.[engine$(comma)mlx]' && { $(METAL_INSTALL); })
 	@touch $@
 
-.PHONY: demo demo-mlx test dev lint format typecheck docs pytest bench bench-gpu verify-gpu verify-xpu verify-mac verify-metal sanitize clean help
+.PHONY: demo demo-mlx test dev lint format typecheck docs pytest bench bench-gpu verify-gpu verify-xpu verify-mac verify-metal sanitize sanitize-triton clean help
 
 demo: $(STAMPS)/demo ## generate text with real weights
 	@$(BIN)/ropool generate "$(PROMPT)"
@@ -154,6 +154,10 @@ sanitize-%:
 	@PYTHONPATH=src:tests PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 		$(SANITIZER) $(SANITIZER_$*) --tool $* \
 		$(PYTHON) -m pytest -q tests/cuda_backend/test_gpu.py $(SANITIZED)
+
+# After verify-gpu it finds most of the compiled kernels.
+sanitize-triton: ## the same tools over the Triton kernels on this GPU, in many processes at once
+	@PYTHONPATH=src:tests $(PYTHON) -m triton_backend.sanitize $(ARGS)
 
 # triton-xpu and triton are two packages with one module: the new environment puts its own before
 # what it takes from .venv.
