@@ -36,7 +36,7 @@ def test_rotated_once(twice: bool) -> None:
         layer.self_attn = Twice(layer.self_attn)
     with override(check=True), torch.inference_mode():
         if twice:
-            with pytest.raises(RuntimeError, match="layer 1 has rotated and stored its K"):
+            with pytest.raises(RuntimeError, match="layer 1 has called rope_store_kv_ on its K"):
                 engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=3))
         else:
             engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=3))

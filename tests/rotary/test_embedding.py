@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
+from ropool.dispatch import OPS
 from ropool.dispatch.settings import override
 from ropool.rotary import (
     DynamicNTKScaling,
@@ -14,6 +17,7 @@ from ropool.rotary import (
     Scaling,
     StackedRotary,
     cos_sin_cache,
+    embedding,
     inv_freq,
 )
 from rotary.hf_oracle import llama, modeling
@@ -146,17 +150,46 @@ def test_options_are_the_keyword_arguments_of_the_ops() -> None:
     }
 
 
-def test_a_layer_claims_a_step_once() -> None:
-    class Step:
-        pass
+class Step:
+    pass
 
-    first, second = Step(), Step()
+
+@pytest.mark.parametrize(
+    "ops", [(), *((op,) for op in OPS), ("rope_", "store_kv_"), ("rope_", "store_mla_")]
+)
+def test_a_step_is_rotated_and_stored_once(ops: tuple[str, ...]) -> None:
+    """Every op that may come next is taken, every other refused, for that layer and step alone."""
+    allowed = {(): OPS, ("rope_",): ("store_kv_", "store_mla_")}.get(ops, ())
     rope, other = RotaryEmbedding(config()), RotaryEmbedding(config())
-    with override(check=True):
-        rope.claim(first, 0)
-        rope.claim(first, 1)
-        rope.claim(second, 0)
-        with pytest.raises(RuntimeError, match="layer 1 has rotated and stored its K in this step"):
-            other.claim(first, 1)
+    for op in OPS:
+        step, another = Step(), Step()
+        with override(check=True):
+            for before in ops:
+                rope.claim(step, 1, before)
+            if op in allowed:
+                other.claim(step, 1, op)
+            else:
+                said = f"layer 1 has called {ops[-1]} on its K in this step, and now {op}; allowed"
+                with pytest.raises(RuntimeError, match=said):
+                    other.claim(step, 1, op)
+            rope.claim(step, 2, op)
+            rope.claim(another, 1, op)
+
+
+def test_an_op_that_is_none_cannot_be_claimed() -> None:
+    with override(check=True), pytest.raises(ValueError, match="op is 'rope'; known: rope_, "):
+        RotaryEmbedding.claim(Step(), 0, "rope")
+
+
+def test_claims_cost_nothing_without_checks_and_end_with_their_step() -> None:
     with override(check=False):
-        rope.claim(first, 1)
+        for _ in range(2):
+            RotaryEmbedding.claim(None, 0, "rope_store_kv_")
+        assert len(embedding._claims) == 0
+    step = Step()
+    with override(check=True):
+        RotaryEmbedding.claim(step, 0, "rope_")
+        assert len(embedding._claims) == 1
+    del step
+    gc.collect()
+    assert len(embedding._claims) == 0

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from ropool.mlx.context import AttentionGroup, BatchedDecodeContext, LayerContext
 from ropool.mlx.linear import packed
 from ropool.mlx.rotation import Rotation
+from ropool.rotary import RotaryEmbedding
 
 _QKV = ("qkv_proj", "q_proj", "k_proj", "v_proj")
 
@@ -46,6 +47,7 @@ class PooledAttention(nn.Module):
         windowed, layer = step.cache.places[cache.layer]
         pool, slots = step.cache.mlx_pool(windowed), step.slots[windowed]
         kernels = step.kernels
+        RotaryEmbedding.claim(step, cache.layer, "rope_store_kv_")
         if kernels.rotates:
             q, _, pool.k[layer], pool.v[layer] = kernels.kernels.rope(
                 q, k, v, pool.k[layer], pool.v[layer], self._rotation, step.positions, slots

@@ -12,8 +12,14 @@ from ropool.rotary.config import RotaryConfig, RotaryOptions
 from ropool.rotary.frequencies import length_range
 from ropool.rotary.table import cos_sin_cache
 
-_claims: WeakKeyDictionary[object, set[int]] = WeakKeyDictionary()
-"""The layers that have claimed each step; kept only while checks are on."""
+_AFTER: dict[str | None, tuple[str, ...]] = {
+    None: ("rope_", "rope_store_kv_", "rope_store_mla_", "store_kv_", "store_mla_"),
+    "rope_": ("store_kv_", "store_mla_"),
+}
+"""The ops that a layer may call in a step after the one that it called last; none after any that
+stores."""
+_claims: WeakKeyDictionary[object, dict[int, str]] = WeakKeyDictionary()
+"""The op that each layer claimed last in each step; kept only while checks are on."""
 
 
 class RotaryEmbedding:
@@ -98,20 +104,29 @@ class RotaryEmbedding:
         return table is not before
 
     @staticmethod
-    def claim(step: object, layer: int) -> None:
-        """Say that `layer` is about to rotate and store its K of `step`, an object that stands for
-        one forward pass and can be weakly referenced.
+    def claim(step: object, layer: int, op: str) -> None:
+        """Say that `layer` is about to call `op`, such as `"rope_store_kv_"`, on its K of `step`,
+        an object that stands for one forward pass and can be weakly referenced.
 
-        With checks on (`ROPOOL_CHECK=1`) a second claim raises `RuntimeError`, whichever embedding
-        the first was made with: K would be rotated twice, or stored again by a path that does not
-        know that an op has stored it. With checks off this does nothing.
+        A layer calls in a step one op that rotates and stores, or `rope_` and then one that stores,
+        or only one of these two. With checks on (`ROPOOL_CHECK=1`) anything else raises
+        `RuntimeError`, whichever embedding the calls before were claimed with: K would be rotated
+        twice, rotated when it is stored already, or stored again by a path that does not know that
+        an op has stored it; and an `op` that is none raises `ValueError`. With checks off this does
+        nothing.
         """
         if not current().check:
             return
-        layers = _claims.setdefault(step, set())
-        if layer in layers:
-            raise RuntimeError(
-                f"ropool.RotaryEmbedding.claim: layer {layer} has rotated and stored its K in this "
-                "step already; allowed: once a layer and step"
+        if op not in _AFTER[None]:
+            raise ValueError(
+                f"ropool.RotaryEmbedding.claim: op is {op!r}; known: {', '.join(_AFTER[None])}"
             )
-        layers.add(layer)
+        layers = _claims.setdefault(step, {})
+        before = layers.get(layer)
+        allowed = _AFTER.get(before, ())
+        if op not in allowed:
+            raise RuntimeError(
+                f"ropool.RotaryEmbedding.claim: layer {layer} has called {before} on its K in this "
+                f"step, and now {op}; allowed after {before}: {' or '.join(allowed) or 'none'}"
+            )
+        layers[layer] = op

@@ -77,7 +77,7 @@ class PooledAttention(nn.Module):
         second result."""
         q, k, v = self._split(self.qkv_proj(hidden_states[0]))
         cache = step.layers[self.layer]
-        self.rotary.claim(step, self.layer)
+        self.rotary.claim(step, self.layer, "rope_store_kv_")
         rope_store_kv_(
             q,
             k,

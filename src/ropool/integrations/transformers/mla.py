@@ -48,7 +48,7 @@ class LatentAttention(nn.Module):
         q = self.q_proj(hidden).unflatten(-1, (-1, self.heads.key_dim))
         k_nope, k_rope = self.kv_a_proj(hidden).split(list(self.row), -1)
         cache = step.latent_layers[self.layer]
-        self.rotary.claim(step, self.layer)
+        self.rotary.claim(step, self.layer, "rope_store_mla_")
         rope_store_mla_(
             q[..., -self.row.rope_dim :],
             self.kv_a_norm(k_nope),
