@@ -268,13 +268,3 @@ def test_bulk_copies(case: Case, early: bool, monkeypatch: pytest.MonkeyPatch) -
     check_args(case.op, arguments(case), CUDA)
     cache.clear()
     assert asked == [None]
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
-def test_two_devices() -> None:
-    for index in (1, 0, 1):
-        args = arguments(KV)
-        after = placed(args, f"cuda:{index}")
-        run("rope_store_kv_", after)
-        torch.cuda.synchronize(index)
-        compare(args, after, expected("rope_store_kv_", args))

@@ -24,6 +24,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test's models are: on the CPU, and once more on the GPU if there is one."""
+    chosen: str = request.param
+    return chosen
+
+
 @pytest.fixture
 def logits_of(monkeypatch: pytest.MonkeyPatch) -> dict[Request, list[Tensor]]:
     """Filled with the logits from which each token of each request was chosen."""

@@ -87,6 +87,36 @@ def test_an_fp8_pool_is_the_exact_one_rounded(
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", [name for name in tiny.MODELS if not name.startswith("deepseek")])
+def test_fp8_pools_of_every_family(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, in a pool that is too small for all, with windows, and with powers of two, by which
+    a kernel may multiply or divide."""
+    model = PooledModel(tiny.build(name).to(device))
+    layers = len(model.spec.windows)
+    scales = CacheScales(tuple(2.0 ** -torch.arange(2.0, 2.0 + 2 * layers).view(2, -1)))
+    prompts = tiny.prompts(4, longest=60, seed=2)
+    options = {"pool_tokens": 160, "max_batch_tokens": 32, "max_requests": 4}
+    stored = Engine(model, cache_dtype=E4M3, cache_scales=scales, **options)
+    logits, answers = logits_and_tokens(stored, prompts, monkeypatch)
+    assert stored.scheduler.preemptions > 0
+
+    op = attention_module.rope_store_kv_
+    calls = 0
+
+    def store_and_round(*args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        op(*args, **kwargs)
+        for pool, values in zip(args[3:5], scales.values, strict=True):
+            scale = float(values[calls % layers])
+            pool.copy_((pool / scale).clamp(-448.0, 448.0).to(E4M3).float() * scale)
+        calls += 1
+
+    monkeypatch.setattr(attention_module, "rope_store_kv_", store_and_round)
+    expected, expected_answers = logits_and_tokens(Engine(model, **options), prompts, monkeypatch)
+    assert answers == expected_answers
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-3)
+
+
 def scale_of(largest: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
     """The smallest power of two that leaves room for twice the largest value."""
     most = {E4M3: 448.0, E5M2: 57344.0}[dtype]

@@ -40,9 +40,9 @@ def run_with_joins(engine: Engine, prompts: Sequence[Sequence[int]]) -> list[Req
 
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_ragged_batches_agree_with_transformers(
-    name: str, logits_of: dict[Request, list[Tensor]]
+    name: str, device: str, logits_of: dict[Request, list[Tensor]]
 ) -> None:
-    model = tiny.build(name)
+    model = tiny.build(name).to(device)
     prompts = tiny.prompts(8, longest=70)
     # So small that requests are preempted, with chunks shorter than most prompts.
     engine = Engine(
@@ -65,16 +65,17 @@ def test_ragged_batches_agree_with_transformers(
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt-oss", "gemma3"])
 def test_bfloat16_agrees_with_transformers(
-    name: str, logits_of: dict[Request, list[Tensor]]
+    name: str, device: str, logits_of: dict[Request, list[Tensor]]
 ) -> None:
-    model = tiny.build(name).bfloat16()
-    exact = tiny.build(name)
+    model = tiny.build(name).to(device, torch.bfloat16)
+    exact = tiny.build(name).to(device)
     prompt = tiny.prompts(1, longest=70, seed=1)[0]
     engine = Engine(PooledModel(tiny.copy_of(model)), pool_tokens=256)
     request = engine.generate([prompt], SamplingParams(max_new_tokens=1))[0]
     with torch.inference_mode():
-        reference = exact(torch.tensor([prompt])).logits[0, -1]
-        theirs = model(torch.tensor([prompt])).logits[0, -1].float()
+        inputs = torch.tensor([prompt], device=device)
+        reference = exact(inputs).logits[0, -1]
+        theirs = model(inputs).logits[0, -1].float()
     ours = logits_of[request][0]
     # Both round to bfloat16 in other places; ours must not be further from float32 than theirs.
     error, allowed = (ours - reference).norm(), (theirs - reference).norm()
@@ -159,8 +160,8 @@ def test_full_layers_keep_what_window_layers_free() -> None:
     window_map.allocator.check_no_leak()
 
 
-def test_nan_in_a_free_page_reaches_nobody() -> None:
-    model = tiny.build("qwen2-some-windows")
+def test_nan_in_a_free_page_reaches_nobody(device: str) -> None:
+    model = tiny.build("qwen2-some-windows").to(device)
     engine = Engine(PooledModel(tiny.copy_of(model)), pool_tokens=256)
     for pool in engine.cache.pools.values():
         for layer in range(pool.layers):
@@ -173,7 +174,7 @@ def test_nan_in_a_free_page_reaches_nobody() -> None:
 
 @pytest.mark.parametrize("name", ["phi3-longrope", "phi3-longrope-window", "llama"])
 def test_longrope_is_a_forward_pass_over_every_prefix(
-    name: str, logits_of: dict[Request, list[Tensor]]
+    name: str, device: str, logits_of: dict[Request, list[Tensor]]
 ) -> None:
     # A llama that generates with the library's cache mixes both rotations: only a pass over the
     # whole prefix tells what the model means.
@@ -184,7 +185,7 @@ def test_longrope_is_a_forward_pass_over_every_prefix(
         "long_factor": [1.0 + n for n in range(8)],
         "original_max_position_embeddings": 40,
     }
-    model = tiny.build(name, **({"rope_parameters": rope} if name == "llama" else {}))
+    model = tiny.build(name, **({"rope_parameters": rope} if name == "llama" else {})).to(device)
     pooled = PooledModel(tiny.copy_of(model))
     assert (pooled.spec.rotary_switch, pooled.spec.max_position) == (40, 256)
     engine = Engine(pooled, pool_tokens=192, max_requests=4, max_batch_tokens=17)

@@ -72,8 +72,8 @@ def test_one_op_call_a_layer_and_no_other_rotation(
     assert calls == 4 * model.config.num_hidden_layers
 
 
-def test_nan_in_a_free_page_reaches_nobody() -> None:
-    model = tiny.build("deepseek_v3")
+def test_nan_in_a_free_page_reaches_nobody(device: str) -> None:
+    model = tiny.build("deepseek_v3").to(device)
     engine = Engine(PooledModel(tiny.copy_of(model)), pool_tokens=256)
     for layer in engine.cache.latent_layers:
         layer.rows.fill_(torch.nan)
@@ -82,7 +82,8 @@ def test_nan_in_a_free_page_reaches_nobody() -> None:
         assert request.output == tiny.greedy(model, prompt, NEW_TOKENS)[0]
 
 
-SCALE = 0.1
+SCALE = 0.125
+"""A power of two: dividing by it and multiplying by its inverse are the same."""
 WIDE = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 
 
@@ -92,10 +93,11 @@ WIDE = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 def test_an_fp8_pool_is_the_exact_one_rounded(
     dtype: CacheDtype,
     changes: dict[str, Any],
+    device: str,
     logits_of: dict[Request, list[Tensor]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = PooledModel(tiny.build("deepseek_v3", **changes))
+    model = PooledModel(tiny.build("deepseek_v3", **changes).to(device))
     prompts = tiny.prompts(4, longest=60, seed=2)
     scales = CacheScales((torch.full((len(model.spec.windows),), SCALE),))
 
@@ -153,9 +155,9 @@ def test_the_cli_generates_and_reports(tmp_path: Path, capsys: pytest.CaptureFix
     assert report["pool"]["bytes_per_token"] == 2 * (40 + 8)
 
 
-def test_many_short_requests_decode_together() -> None:
+def test_many_short_requests_decode_together(device: str) -> None:
     """So many queries over so few keys that one request's would be expanded."""
-    model = tiny.build("deepseek_v2")
+    model = tiny.build("deepseek_v2").to(device)
     prompts = tiny.prompts(48, longest=9, seed=6)
     engine = Engine(PooledModel(tiny.copy_of(model)), pool_tokens=48 * 16)
     requests = engine.generate(prompts, SamplingParams(max_new_tokens=3))

@@ -36,10 +36,10 @@ def prompt_with(grids: Sequence[tuple[int, int, int]], seed: int) -> list[int]:
 @torch.inference_mode()
 def alone(model: Any, prompt: list[int], grids: Any, pixels: Tensor) -> tuple[list[int], Tensor]:
     """Greedy tokens and logits of `transformers`, from the pixels on."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     vision = {
-        "pixel_values": pixels,
-        "image_grid_thw": torch.tensor(grids),
+        "pixel_values": pixels.to(model.device),
+        "image_grid_thw": torch.tensor(grids, device=model.device),
         "mm_token_type_ids": (ids == IMAGE).int(),
     }
     result = model.generate(
@@ -55,7 +55,7 @@ def alone(model: Any, prompt: list[int], grids: Any, pixels: Tensor) -> tuple[li
     return result.sequences[0, len(prompt) :].tolist(), torch.cat(result.logits)
 
 
-def test_images_and_texts_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_and_texts_in_one_batch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[Request, list[Tensor]] = defaultdict(list)
 
     def spy(logits: Tensor, requests: Sequence[Request]) -> list[int]:
@@ -64,7 +64,7 @@ def test_images_and_texts_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         return sample(logits, requests)
 
     monkeypatch.setattr(engine_module, "sample", spy)
-    model = tiny.build("qwen2_vl")
+    model = tiny.build("qwen2_vl").to(device)
     generator = torch.Generator().manual_seed(3)
     prompts = [prompt_with(grids, seed) for seed, grids in enumerate(GRIDS)]
     pixels = [
