@@ -138,26 +138,13 @@ bench-gpu: ## time every op on this GPU, beside the peers in .peers (benchmarks/
 	@PYTHONPATH=src:.peers $(PYTHON) -c $(MAIN) bench --device cuda --decode all \
 		--out $(BENCH_GPU_OUT)
 
-# No cache of memory, so that every tensor has an end that the checker sees; our kernels alone, since
-# PyTorch and the tests copy memory that was never written, and cuda.bindings asks for functions that
-# older drivers do not have.
-SANITIZER := compute-sanitizer --error-exitcode 1 --kernel-name kernel_substring=ropool_kernel
-SANITIZER_memcheck := --report-api-errors no
-SANITIZER_initcheck := --check-api-memory-access no
-SANITIZED ?= -k "bulk or every_shape_of_launch[0"
-
 sanitize: ## compute-sanitizer's four tools over the CUDA kernels, with the torch of PYTHON
-	@for tool in memcheck racecheck initcheck synccheck; do $(MAKE) sanitize-$$tool || exit 1; done
-
-sanitize-%:
-	@echo "==> $*"
-	@PYTHONPATH=src:tests PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-		$(SANITIZER) $(SANITIZER_$*) --tool $* \
-		$(PYTHON) -m pytest -q tests/cuda_backend/test_gpu.py $(SANITIZED)
+	@PYTHONPATH=src:tests $(PYTHON) -m ops.sanitize cuda \
+		--out $(BENCH_GPU_OUT)/compute_sanitizer.txt $(ARGS)
 
 # After verify-gpu it finds most of the compiled kernels.
-sanitize-triton: ## the same tools over the Triton kernels on this GPU, in many processes at once
-	@PYTHONPATH=src:tests $(PYTHON) -m triton_backend.sanitize $(ARGS)
+sanitize-triton: ## the same tools over the Triton kernels on this GPU
+	@PYTHONPATH=src:tests $(PYTHON) -m ops.sanitize triton $(ARGS)
 
 # triton-xpu and triton are two packages with one module: the new environment puts its own before
 # what it takes from .venv.

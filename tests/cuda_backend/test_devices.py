@@ -3,7 +3,9 @@ is not the current one."""
 
 from __future__ import annotations
 
+import inspect
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -38,11 +40,12 @@ def test_a_tensor_on_another_device_is_named(op: str, other: str) -> None:
     call = getattr(ropool, op)
     args = placed(arguments(case_of(op)), "cuda:0")
     call(**args, backend="cuda")
-    first, *rest = tensors_of(args)
+    given = tensors_of(args)
+    first, *rest = (name for name in inspect.signature(call).parameters if name in given)
     for name in rest:
         moved = args | {name: args[name].to(other)}
         wrong = rf"ropool\.{op}: {name} is on {other}, {first} is on cuda:0"
-        for make in (call, lambda **given: ropool.plan(op, **given)):
+        for make in (call, partial(ropool.plan, op)):
             with pytest.raises(ValueError, match=wrong):
                 make(**moved, backend="cuda")
     wrong = rf"ropool\.{op}: {rest[0]} is on cuda:0, {first} is on {other}"
@@ -121,7 +124,7 @@ def test_a_graph_of_the_second_device(op: str) -> None:
         getattr(ropool, op)(**placed(arguments(case_of(op)), "cuda:1"), backend="cuda")
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # its own is of the first device
             getattr(ropool, op)(**args, backend="cuda")
     for seed in (3, 4):
         fresh = arguments(case_of(op, seed))

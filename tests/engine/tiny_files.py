@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gguf
 import numpy as np
 
 from engine import tiny
 from engine.bytes_tokenizer import END_ID, byte_tokenizer
+
+if TYPE_CHECKING:
+    import gguf
 
 CHAT_TEMPLATE = "{% for message in messages %}Q: {{ message['content'] }} A:{% endfor %}"
 GGUF_ROTATION = {"rope_type": "default", "rope_theta": 10000.0}
@@ -44,6 +46,8 @@ def write_gguf(
     change: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> Path:
     """The same model as one GGUF file, with float32 tensors; `change` adds to it."""
+    import gguf
+
     model = tiny_model()
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
