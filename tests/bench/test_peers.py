@@ -14,7 +14,7 @@ import torch
 from ropool.bench import inputs as bench_inputs
 from ropool.bench.inputs import PAGE, make_sets
 from ropool.bench.measure import row
-from ropool.bench.peers import PEERS, flashinfer, plain_copy
+from ropool.bench.peers import PEERS, flashinfer, flashinfer_generated, plain_copy
 from ropool.bench.provider import Provider
 from ropool.bench.providers import choose, providers
 from ropool.bench.suites import HEADS, MLA_TOKENS, gpu, takes_part
@@ -122,7 +122,7 @@ def test_paged_batches_name_the_same_slots(tokens: int) -> None:
     )
     assert torch.equal(p.last_row, last % PAGE + 1)
 
-    r = flashinfer.Requests(inputs)
+    r = flashinfer_generated.Requests(inputs)
     request = torch.searchsorted(r.start, torch.arange(tokens), right=True) - 1
     position = torch.arange(tokens) + (r.lengths - r.start[1:])[request]
     assert torch.equal(position, inputs.positions)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ropool.bench.peers.package import Unavailable, needs
 from ropool.bench.peers.sglang import NOT_RESERVED
+from ropool.bench.peers.sglang import kernels as sglang_kernels
 from ropool.bench.peers.vllm import ops as vllm_ops
 from ropool.engine.step import Step
 
@@ -30,7 +30,7 @@ class Kernels:
 
 
 def sglang_fused(step: Step) -> Function:
-    run = import_module("sglang.kernels.ops.attention.rope").apply_rope_inplace_with_kvcache
+    run = sglang_kernels("attention.rope").apply_rope_inplace_with_kvcache
 
     def call(
         q: Tensor, k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor,
@@ -43,8 +43,8 @@ def sglang_fused(step: Step) -> Function:
 
 
 def sglang_unfused(step: Step) -> Function:
-    rotate = import_module("sglang.kernels.ops.attention.rope").apply_rope_inplace
-    put = import_module("sglang.kernels.ops.kvcache.kvcache").store_cache
+    rotate = sglang_kernels("attention.rope").apply_rope_inplace
+    put = sglang_kernels("kvcache.kvcache").store_cache
 
     def call(
         q: Tensor, k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor,
@@ -58,8 +58,8 @@ def sglang_unfused(step: Step) -> Function:
 
 
 def sglang_mla(step: Step) -> Function:
-    rotate = import_module("sglang.kernels.ops.attention.rope").apply_rope_inplace
-    put = import_module("sglang.kernels.ops.kvcache.set_mla_kv_buffer").set_mla_kv_buffer
+    rotate = sglang_kernels("attention.rope").apply_rope_inplace
+    put = sglang_kernels("kvcache.set_mla_kv_buffer").set_mla_kv_buffer
 
     def call(
         q: Tensor, k_nope: Tensor, k_rope: Tensor, pool: Tensor, table: Tensor, positions: Tensor,

@@ -3,17 +3,18 @@ them change their arguments."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ropool.bench.inputs import MAX_POSITION, heads_in, make_table, normal
 from ropool.bench.workload import Workload, combine, parse_heads
 from ropool.errors import RopoolError
 from ropool.kvcache.mla import DS_MLA_BYTES, DS_MLA_DIMS
 
-MAX_POSITION = 8192
 _STORING = ("rope_store_kv_", "store_kv_", "store_mla_", "rope_store_mla_")
 _ROTATING = ("rope_store_kv_", "rope_store_mla_")
 _PARTS: dict[str, tuple[set[str], tuple[str, ...]]] = {
@@ -100,7 +101,7 @@ def arguments(subject: Subject, tokens: int, device: torch.device) -> dict[str, 
     rotation: dict[str, Any] = {}
     if subject.op.startswith("rope"):
         positions = torch.randint(0, MAX_POSITION, (tokens,), device=device)
-        rotation = {"cos_sin_cache": table(shape, device), "positions": positions}
+        rotation = {"cos_sin_cache": table(shape.rotary_dim, device), "positions": positions}
     call = _mla(shape, tokens, dtype, device) if shape.mla else _kv(shape, tokens, dtype, device)
     q = call.pop("q_rope" if shape.mla else "q")
     if rotation:
@@ -117,10 +118,10 @@ def arguments(subject: Subject, tokens: int, device: torch.device) -> dict[str, 
         call["write_k"] = True
     if shape.mla:
         width = DS_MLA_BYTES if packed_row else shape.latent_dim + shape.head_dim
-        call["pool"] = zeros((slots, width), pool_dtype, device)
+        call["pool"] = torch.zeros(slots, width, dtype=pool_dtype, device=device)
         return call | ({"scale": torch.ones(1, device=device)} if fp8 else {})
     pool = (slots, shape.heads_kv, shape.head_dim)
-    call |= {f"{part}_pool": zeros(pool, pool_dtype, device) for part in "kv"}
+    call |= {f"{part}_pool": torch.zeros(pool, dtype=pool_dtype, device=device) for part in "kv"}
     call["layout"] = "slots"
     if fp8:
         call |= {f"{part}_scale": torch.ones(1, device=device) for part in "kv"}
@@ -130,32 +131,21 @@ def arguments(subject: Subject, tokens: int, device: torch.device) -> dict[str, 
     return call
 
 
-def zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A pool whose memory has been touched."""
-    return torch.zeros(size, dtype=torch.bfloat16, device=device).to(dtype)
-
-
-def table(shape: Workload, device: torch.device) -> Tensor:
-    """The default cos/sin table, float32."""
-    half = torch.arange(0, shape.rotary_dim, 2, device=device) / shape.rotary_dim
-    angle = torch.arange(MAX_POSITION, device=device)[:, None] * 10000.0**-half
-    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+@functools.lru_cache(maxsize=1)
+def table(rotary_dim: int, device: torch.device) -> Tensor:
+    """The default cos/sin table, which all calls of a model share."""
+    return make_table(MAX_POSITION, rotary_dim, device)
 
 
 def _kv(shape: Workload, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    counts = (shape.heads_q, shape.heads_kv, shape.heads_kv)
-    sizes = [count * shape.head_dim for count in counts]
-    packed = torch.randn(tokens, sum(sizes), device=device, dtype=torch.float32).to(dtype)
-    parts = [part.unflatten(1, (-1, shape.head_dim)) for part in packed.split(sizes, dim=1)]
-    return dict(zip("qkv", parts, strict=True))
+    heads = shape.heads_q + 2 * shape.heads_kv
+    packed = normal((tokens, heads * shape.head_dim), dtype, device)
+    return dict(zip("qkv", heads_in(packed, shape.heads_q, shape.heads_kv), strict=True))
 
 
 def _mla(shape: Workload, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, device=device).to(dtype)
-
     return {
-        "q_rope": normal(tokens, shape.heads_q, shape.head_dim),
-        "k_nope": normal(tokens, shape.latent_dim),
-        "k_rope": normal(tokens, shape.head_dim),
+        "q_rope": normal((tokens, shape.heads_q, shape.head_dim), dtype, device),
+        "k_nope": normal((tokens, shape.latent_dim), dtype, device),
+        "k_rope": normal((tokens, shape.head_dim), dtype, device),
     }

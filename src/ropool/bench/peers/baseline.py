@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ropool.bench.inputs import Inputs
-from ropool.bench.peers.package import needs, same_dtype_pool, version
-from ropool.bench.provider import Call, Provider
+from ropool.bench.peers.package import Package, same_dtype_pool
+from ropool.bench.provider import Call
 from ropool.bench.workload import Workload
 
 BLOCK = 128
@@ -43,12 +43,4 @@ def why_not(w: Workload) -> str | None:
     return None
 
 
-PROVIDERS = (
-    Provider(
-        name="triton.2025",
-        version=version("triton"),
-        unavailable=needs("triton"),
-        build=build,
-        why_not=why_not,
-    ),
-)
+PROVIDERS = (Package("triton", ("triton",)).provider("triton.2025", build, why_not=why_not),)

@@ -1,16 +1,43 @@
-"""Is a package there, without importing it: some take long, some cannot be imported."""
+"""What the peers share: is a package there, without importing it, since some take long and some
+cannot be imported; and how its providers and calls are put together."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import torch
 
+from ropool.bench.inputs import Inputs
+from ropool.bench.provider import Call, Provider
 from ropool.bench.workload import Workload
 
 Unavailable = Callable[[torch.device], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A distribution with kernels for CUDA devices, and the modules without which they cannot be
+    called."""
+
+    distribution: str
+    modules: tuple[str, ...]
+
+    def version(self) -> str:
+        try:
+            return f"{self.distribution} {metadata.version(self.distribution)}"
+        except metadata.PackageNotFoundError:
+            return self.distribution
+
+    def provider(self, name: str, build: Callable[[Workload], Call], **others: Any) -> Provider:
+        """One way to do the work of the ops with it; `others` are further fields of `Provider`."""
+        unavailable = needs(*self.modules)
+        return Provider(
+            name=name, version=self.version, unavailable=unavailable, build=build, **others
+        )
 
 
 def needs(*modules: str) -> Unavailable:
@@ -31,18 +58,16 @@ def needs(*modules: str) -> Unavailable:
     return unavailable
 
 
-def version(package: str) -> Callable[[], str]:
-    """`version` of a provider."""
-
-    def found() -> str:
-        try:
-            return f"{package} {metadata.version(package)}"
-        except metadata.PackageNotFoundError:
-            return package
-
-    return found
-
-
 def same_dtype_pool(w: Workload) -> bool:
     """The pool holds the model's dtype, and the query stays where it is."""
     return w.kv_dtype in ("", w.dtype) and not w.q_dtype
+
+
+def in_turn(first: Call, second: Call) -> Call:
+    """Both kernels, one after the other; none of them returns a query."""
+
+    def call(x: Inputs) -> None:
+        first(x)
+        second(x)
+
+    return call

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ropool.bench.inputs import NORM_EPS, Inputs
-from ropool.bench.peers.package import needs, same_dtype_pool, version
-from ropool.bench.provider import Call, Provider
+from ropool.bench.peers.package import Package, in_turn, same_dtype_pool
+from ropool.bench.provider import Call
 from ropool.bench.workload import Workload
 
 MODULE = "vllm._C_stable_libtorch"
@@ -56,7 +56,7 @@ def build(workload: Workload) -> Call:
 
     def rotate(x: Inputs) -> None:
         table, _ = x.extra["vllm"]
-        k = x.k.unsqueeze(1) if x.k.dim() == 2 else x.k
+        k = x.k.unsqueeze(1) if w.mla else x.k
         general.rotary_embedding(x.positions, x.q, k, dim, table, neox, 0, False)
 
     def put(x: Inputs) -> None:
@@ -70,15 +70,11 @@ def build(workload: Workload) -> Call:
             pools = (x.k_pool.view(torch.uint8), x.v_pool.view(torch.uint8))
         cache.reshape_and_cache_flash(x.k, x.v, *pools, x.slots, stored, scale, scale)
 
-    def both(x: Inputs) -> None:
-        rotate(x)
-        put(x)
-
     if w.norm:
         return norm
     if w.op == "rope_":
         return rotate
-    return both if w.rotary_dim else put
+    return in_turn(rotate, put) if w.rotary_dim else put
 
 
 def why_not(w: Workload) -> str | None:
@@ -91,14 +87,5 @@ def why_not(w: Workload) -> str | None:
     return None
 
 
-PROVIDERS = (
-    Provider(
-        name="vllm",
-        version=version("vllm"),
-        unavailable=needs("vllm"),
-        build=build,
-        why_not=why_not,
-        prepare=prepare,
-        writes_k=True,
-    ),
-)
+VLLM = Package("vllm", ("vllm",))
+PROVIDERS = (VLLM.provider("vllm", build, why_not=why_not, prepare=prepare, writes_k=True),)
