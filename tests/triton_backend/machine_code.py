@@ -19,7 +19,7 @@ import torch
 
 from ropool.dispatch.key import Key, Options
 from ropool.layouts import KVLayout
-from ropool.ops import rope, rope_store_kv, rope_store_mla, store_mla
+from ropool.ops import rope, rope_store_kv, rope_store_mla, store_kv, store_mla
 
 TABLE = Path(__file__).with_suffix(".csv")
 VERSION = "3.7.1"
@@ -77,12 +77,12 @@ def _kv(
     dim: int,
     *,
     tokens: int = 8192,
-    fp8: bool = False,
+    fp8: str | None = None,
     norm: bool = False,
     **options: Any,
 ) -> Call:
     table = _empty(8192, dim, dtype=torch.float32)
-    pool = _empty(999, 16, heads_kv, dim, dtype=torch.float8_e4m3fn if fp8 else torch.bfloat16)
+    pool = _empty(999, 16, heads_kv, dim, dtype=getattr(torch, fp8 or "bfloat16"))
     scale = _empty(heads_kv, dtype=torch.float32) if fp8 else None
     weight = _empty(dim) if norm else None
     heads = [_empty(tokens, count, dim) for count in (heads_q, heads_kv, heads_kv)]
@@ -92,15 +92,22 @@ def _kv(
     return rope_store_kv._key(args, named), args, named
 
 
-def _rope(rotary_dim: int) -> Call:
+def _rope(heads_q: int, head_dim: int, rotary_dim: int) -> Call:
     args = (
-        _empty(8192, 32, 128),
-        _empty(8192, 8, 128),
+        _empty(8192, heads_q, head_dim),
+        _empty(8192, 8, head_dim),
         _empty(8192, rotary_dim, dtype=torch.float32),
         _indices(8192),
         None,
     )
     return rope._key(args, Options()), args, Options()
+
+
+def _store(dim: int) -> Call:
+    rows, pool = _empty(8192, 8, dim), _empty(999, 16, 8, dim)
+    args = (rows, rows, pool, pool, _indices(8192), None, None, None)
+    named = Options(layout=KVLayout.NHD)
+    return store_kv._key(args, named), args, named
 
 
 def _store_mla() -> Call:
@@ -118,24 +125,30 @@ def _rope_store_mla() -> Call:
 
 
 CASES: dict[str, Callable[[], Call]] = {
-    "rope_ 32x8x128 rotary 64": lambda: _rope(64),
+    "rope_ 32x8x128 rotary 64": lambda: _rope(32, 128, 64),
+    "rope_ 32x8x128": lambda: _rope(32, 128, 128),
+    "rope_ 64x8x64": lambda: _rope(64, 64, 64),
+    "store_kv_ 8x128": lambda: _store(128),
+    "store_kv_ 8x64": lambda: _store(64),
     "rope_store_kv_ 32x8x128": lambda: _kv(32, 8, 128),
     "rope_store_kv_ 32x8x128 few tokens": lambda: _kv(32, 8, 128, tokens=32),
     "rope_store_kv_ 64x8x64": lambda: _kv(64, 8, 64),
-    "rope_store_kv_ 32x8x128 fp8": lambda: _kv(32, 8, 128, fp8=True),
+    "rope_store_kv_ 32x8x128 fp8": lambda: _kv(32, 8, 128, fp8="float8_e4m3fn"),
+    "rope_store_kv_ 32x8x128 fp8 FNUZ": lambda: _kv(32, 8, 128, fp8="float8_e4m3fnuz"),
     "rope_store_kv_ 32x8x128 norm interleaved": lambda: _kv(
         32, 8, 128, norm=True, interleaved=True
     ),
     "store_mla_ 512+64": _store_mla,
     "rope_store_mla_ 128x64 656 bytes": _rope_store_mla,
-    "rope_ 32x8x128 rotary 96": lambda: _rope(96),
+    "rope_ 32x8x128 rotary 96": lambda: _rope(32, 128, 96),
     "rope_store_kv_ 32x8x80": lambda: _kv(32, 8, 80),
+    "rope_store_kv_ 32x8x96": lambda: _kv(32, 8, 96),
     "rope_store_kv_ 32x8x112": lambda: _kv(32, 8, 112),
     "rope_store_kv_ 32x8x192": lambda: _kv(32, 8, 192),
     "rope_store_kv_ 32x8x256": lambda: _kv(32, 8, 256),
     "rope_store_kv_ 32x8x512": lambda: _kv(32, 8, 512),
 }
-WIDTHS = tuple(CASES)[-6:]
+WIDTHS = tuple(CASES)[-7:]
 WIDTH_TARGETS = ("gfx942", "gfx1201", "sm_90")
 """Other head dims are compiled for one target of each kind."""
 
