@@ -144,7 +144,8 @@ sanitize: ## compute-sanitizer's four tools over the CUDA kernels, with the torc
 
 # After verify-gpu it finds most of the compiled kernels.
 sanitize-triton: ## the same tools over the Triton kernels on this GPU
-	@PYTHONPATH=src:tests $(PYTHON) -m ops.sanitize triton $(ARGS)
+	@PYTHONPATH=src:tests $(PYTHON) -m ops.sanitize triton \
+		--out $(BENCH_GPU_OUT)/triton/compute_sanitizer.txt $(ARGS)
 
 # triton-xpu and triton are two packages with one module: the new environment puts its own before
 # what it takes from .venv.
