@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -273,25 +272,6 @@ def test_threads() -> None:
         thread.join()
     for found in results[1:]:
         assert all(np.array_equal(a, b) for a, b in zip(found, results[0], strict=True))
-
-
-@pytest.mark.skipif(
-    os.environ.get("ROPOOL_LARGE_TESTS") != "1",
-    reason="needs 5 GiB and half a minute: ROPOOL_LARGE_TESTS=1 runs it",
-)
-def test_slots_past_two_gib() -> None:
-    """A pool of 2.3 GiB: the offset of its last slot passes 2**31 bytes and 2**30 elements."""
-    slots = 2**24 + 2**21 - 1
-    row = mx.ones((1, 1, 64), mx.float16)
-    k_pool = mx.zeros((slots, 1, 64), mx.float16)
-    mx.eval(k_pool)
-    v_pool = mx.zeros((slots, 1, 64), mx.float16)
-    last = mx.array([slots - 1])
-    k_pool, v_pool = store_pool(row, 2 * row, last, k_pool, v_pool)
-    assert k_pool[-1].sum().item() == 64 and v_pool[-1].sum().item() == 128
-    # Where a 32-bit offset, in bytes or in elements of a byte, would have ended.
-    wrapped = (slots - 1) - 2**24
-    assert k_pool[wrapped].sum().item() == 0 and v_pool[0].sum().item() == 0
 
 
 MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
