@@ -176,7 +176,7 @@ void scaled_table(Call& call, Pointers& pointers, float factor, std::vector<floa
 }  // namespace
 
 void RopePoolFused::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-    const ReleasedSiblings released(inputs, outputs, 5);
+    const ReleasedSiblings released(kFused, inputs, outputs, 5);
     const mx::array& positions = inputs[3];
     const mx::array& slots = inputs[4];
     const mx::array& source = inputs[7];
@@ -244,7 +244,7 @@ void RopePoolFused::eval_cpu(const std::vector<mx::array>& inputs, std::vector<m
 }
 
 void StorePool::eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-    const ReleasedSiblings released(inputs, outputs, 3);
+    const ReleasedSiblings released(kStore, inputs, outputs, 3);
     const Pools pools(inputs[3], inputs[4], outputs[0], outputs[1]);
     const DType dtype = storage_of(inputs[0].dtype());
     Call call;

@@ -113,7 +113,7 @@ private:
 }  // namespace
 
 void RopePoolFused::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-    const ReleasedSiblings released(inputs, outputs, 5);
+    const ReleasedSiblings released(kFused, inputs, outputs, 5);
     const mx::array &q = inputs[0], &k = inputs[1], &v = inputs[2];
     const mx::array &positions = inputs[3], &slots = inputs[4], &source = inputs[7];
     const Shape shape = {q.shape(0), q.shape(1), k.shape(1), q.shape(2), options_.rotary_dim, options_.interleaved};
@@ -173,7 +173,7 @@ void RopePoolFused::eval_gpu(const std::vector<mx::array>& inputs, std::vector<m
 }
 
 void StorePool::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
-    const ReleasedSiblings released(inputs, outputs, 3);
+    const ReleasedSiblings released(kStore, inputs, outputs, 3);
     const mx::array &k = inputs[0], &v = inputs[1], &slots = inputs[2];
     const Shape shape = {k.shape(0), 0, k.shape(1), k.shape(2), 0, false};
     const std::int64_t pools_at = std::min(alignment(inputs[3].offset(), k.itemsize(), {}),
@@ -203,11 +203,11 @@ void StorePool::eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::a
 namespace ropool::metal {
 
 void RopePoolFused::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
-    throw std::runtime_error("ropool_metal.rope_pool_fused: this build of ropool-metal has no GPU kernels");
+    throw std::runtime_error(std::string(kFused) + ": this build of ropool-metal has no GPU kernels");
 }
 
 void StorePool::eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) {
-    throw std::runtime_error("ropool_metal.store_pool: this build of ropool-metal has no GPU kernels");
+    throw std::runtime_error(std::string(kStore) + ": this build of ropool-metal has no GPU kernels");
 }
 
 }  // namespace ropool::metal

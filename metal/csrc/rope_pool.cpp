@@ -13,9 +13,6 @@
 namespace ropool::metal {
 namespace {
 
-constexpr const char* kFused = "ropool_metal.rope_pool_fused";
-constexpr const char* kStore = "ropool_metal.store_pool";
-
 template <class... Parts>
 [[noreturn]] void fail(const char* op, const Parts&... parts) {
     std::ostringstream message;
@@ -118,7 +115,7 @@ Rotation read_rotation(const std::optional<mx::array>& inv_freq, const std::opti
         require(t.ndim() == 2 && t.shape(0) > 0, kFused, "cos_sin has shape ", shape_text(t),
                 "; expected [positions, R]");
         require(t.dtype() == mx::float32 || t.dtype() == storage, kFused, "cos_sin is ", t.dtype(),
-                "; allowed: float32, ", storage);
+                "; allowed: float32, the dtype of q (", storage, ")");
         options.rotary_dim = t.shape(1);
     }
     const int dim = options.rotary_dim;
@@ -142,8 +139,7 @@ Rotation read_rotation(const std::optional<mx::array>& inv_freq, const std::opti
 }
 
 [[noreturn]] void no_transform(const char* name, const char* transform) {
-    throw std::invalid_argument(std::string("ropool_metal.") + name + ": " + transform +
-                                " is not defined for it; it writes into a pool and is for inference");
+    fail(name, transform, " is not defined for it; it writes into a pool and is for inference");
 }
 
 }  // namespace
@@ -152,12 +148,11 @@ std::int64_t slots_of(const mx::array& pool) {
     return pool.ndim() == 3 ? pool.shape(0) : static_cast<std::int64_t>(pool.shape(0)) * pool.shape(1);
 }
 
-ReleasedSiblings::ReleasedSiblings(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,
-                                   std::size_t pools_at)
+ReleasedSiblings::ReleasedSiblings(const char* op, const std::vector<mx::array>& inputs,
+                                   std::vector<mx::array>& outputs, std::size_t pools_at)
     : inputs_(inputs), outputs_(outputs), exceptions_(std::uncaught_exceptions()) {
     for (const std::size_t i : {pools_at, pools_at + 1}) {
-        if (inputs[i].flags().row_contiguous) continue;
-        throw std::invalid_argument(std::string(i == pools_at ? "k_pool" : "v_pool") + " must be row-contiguous");
+        require(inputs[i].flags().row_contiguous, op, i == pools_at ? "k_pool" : "v_pool", " must be row-contiguous");
     }
     for (const mx::array& output : outputs) {
         if (output.is_tracer()) return;
@@ -251,7 +246,7 @@ std::vector<mx::Shape> StorePool::output_shapes(const std::vector<mx::array>& in
         no_transform(function, "vmap");                                                                             \
     }
 
-ROPOOL_NO_TRANSFORMS(RopePoolFused, "rope_pool_fused")
-ROPOOL_NO_TRANSFORMS(StorePool, "store_pool")
+ROPOOL_NO_TRANSFORMS(RopePoolFused, kFused)
+ROPOOL_NO_TRANSFORMS(StorePool, kStore)
 
 }  // namespace ropool::metal

@@ -72,6 +72,10 @@ public:
     const char* name() const override { return "StorePool"; }
 };
 
+// The names that errors begin with.
+inline constexpr const char* kFused = "ropool_metal.rope_pool_fused";
+inline constexpr const char* kStore = "ropool_metal.store_pool";
+
 using Four = std::tuple<mx::array, mx::array, mx::array, mx::array>;
 using Two = std::tuple<mx::array, mx::array>;
 
@@ -92,9 +96,10 @@ std::int64_t slots_of(const mx::array& pool);
 // their inputs back, and can be evaluated again. Arrays of a graph transform keep theirs.
 class ReleasedSiblings {
 public:
-    // The pools are inputs[pools_at] and the one behind it. Throws std::invalid_argument unless both are
-    // row-contiguous; nothing is released then.
-    ReleasedSiblings(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs, std::size_t pools_at);
+    // The pools are inputs[pools_at] and the one behind it. Throws std::invalid_argument, naming the primitive's `op`,
+    // unless both are row-contiguous; nothing is released then.
+    ReleasedSiblings(const char* op, const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs,
+                     std::size_t pools_at);
     ~ReleasedSiblings();
     ReleasedSiblings(const ReleasedSiblings&) = delete;
     ReleasedSiblings& operator=(const ReleasedSiblings&) = delete;

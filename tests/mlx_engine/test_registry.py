@@ -201,6 +201,7 @@ def test_tune_writes_what_the_registry_reads(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    from ropool.cli import probes
     from ropool.cli.main import main
     from ropool.mlx import tune
 
@@ -213,6 +214,7 @@ def test_tune_writes_what_the_registry_reads(
     table = tuning.parse((tmp_path / "metal-cpu.json").read_text(), "the table")
     [choices] = table.entries.values()
     assert sorted(choices) == [1, 64]
+    assert table.measured_with == {"mlx": mx.__version__, "processor": probes.cpu_model()}
     tuning.forget()
     built = aot.registry.build_kernel_set(inputs)  # the tiny llama has these very heads
     for tokens, choice in choices.items():

@@ -303,7 +303,7 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "table": (lambda a: {"base": None, "cos_sin": mx.ones(8)}, "cos_sin has shape"),
     "table dtype": (
         lambda a: {"base": None, "cos_sin": mx.ones((9, 8), mx.float16)},
-        "cos_sin is float16; allowed: float32, float32",
+        r"cos_sin is float16; allowed: float32, the dtype of q \(float32\)",
     ),
     "factor": (lambda a: {"factor": math.inf}, "factor is inf; allowed: a finite number"),
     "wide factor": (
@@ -311,6 +311,29 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
         r"factor is -1e\+300; allowed: a finite number of",
     ),
 }
+
+
+TYPES: dict[str, tuple[Any, str]] = {
+    "q": (np.zeros((4, 4, 8), np.float32), "ndarray; allowed: array"),
+    "slots": ([0, 1, 2, 3], "list; allowed: array"),
+    "cos_sin": ("table", "str; allowed: array, None"),
+    "base": ("1e4", "str; allowed: float, int, None"),
+    "rotary_dim": (4.0, "float; allowed: int, None"),
+    "interleaved": ("yes", "str; allowed: bool"),
+    "stream": (3, "int; allowed: Stream, Device, DeviceType, None"),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_mistaken_types(name: str) -> None:
+    value, message = TYPES[name]
+    args = {**inputs(np.random.default_rng(0), mx.float32), "base": 1e4, name: value}
+    expected = f"^ropool_metal.rope_pool_fused: {name} is of type {message}$"
+    with pytest.raises(TypeError, match=expected):
+        rope_pool_fused(**args)
+    if name == "slots":
+        with pytest.raises(TypeError, match=r"^ropool_metal.store_pool: slots is of type list; a"):
+            store_pool(*(args[n] for n in ("k", "v", "slots", "k_pool", "v_pool")))
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -326,7 +349,7 @@ def test_a_pool_that_is_no_block_of_memory() -> None:
     args = inputs(np.random.default_rng(0), mx.float32)
     args["k_pool"] = mx.zeros((2, 16, 8)).transpose(1, 0, 2)
     lazily = rope_pool_fused(**args, base=1e4)
-    with pytest.raises(ValueError, match="k_pool must be row-contiguous"):
+    with pytest.raises(ValueError, match=r"^ropool_metal\.rope_pool_fused: k_pool must be row"):
         mx.eval(lazily)
     mx.eval(args["k_pool"])
     with pytest.raises(ValueError, match="k_pool must be row-contiguous"):
@@ -354,11 +377,59 @@ def test_transforms_are_refused() -> None:
     def rotate(q: Any) -> Any:
         return rope_pool_fused(q, **args, base=1e4)[0].sum()
 
-    for transform in (mx.grad(rotate), lambda q: mx.jvp(rotate, [q], [q])):
-        with pytest.raises(ValueError, match="is not defined for it; it writes into a pool"):
-            mx.eval(transform(q))
-    with pytest.raises(ValueError, match="vmap is not defined for it"):
-        mx.eval(mx.vmap(rotate)(mx.stack([q, q])))
+    def store(k: Any) -> Any:
+        return store_pool(k, *(args[n] for n in ("v", "slots", "k_pool", "v_pool")))[0].sum()
+
+    for name, function, x in (("rope_pool_fused", rotate, q), ("store_pool", store, args["k"])):
+        transforms = {
+            "vjp": mx.grad(function),
+            "jvp": lambda x, f=function: mx.jvp(f, [x], [x]),
+            "vmap": lambda x, f=function: mx.vmap(f)(mx.stack([x, x])),
+        }
+        for transform, run in transforms.items():
+            message = f"^ropool_metal.{name}: {transform} is not defined for it; it writes into a"
+            with pytest.raises(ValueError, match=message):
+                mx.eval(run(x))
+
+
+def test_compiled_for_every_number_of_tokens() -> None:
+    """A compiled function without shapes asks the primitives for those of their outputs."""
+    rng = np.random.default_rng(2)
+    names = ("k", "v", "slots", "k_pool", "v_pool")
+    both = mx.compile(
+        lambda *args: (
+            *rope_pool_fused(*args, base=1e4),
+            *store_pool(*(args[i] for i in (1, 2, 4, 5, 6))),
+        ),
+        shapeless=True,
+    )
+    for tokens in (4, 7, 1, 0):
+        args = inputs(rng, mx.float32, tokens=tokens)
+        expected = (*rope_pool_fused(**args, base=1e4), *store_pool(*(args[n] for n in names)))
+        for got, want in zip(both(*args.values()), expected, strict=True):
+            assert got.shape == want.shape and np.array_equal(bits(got), bits(want))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 8), (0, 4, 2, 8), (3, 0, 2, 8)])
+def test_pools_without_slots(shape: tuple[int, ...]) -> None:
+    args = inputs(np.random.default_rng(0), mx.float32)
+    args |= {"k_pool": mx.zeros(shape), "v_pool": mx.zeros(shape)}
+    q, k, *pools = rope_pool_fused(**args, base=1e4)
+    frequencies = 10000.0 ** (-np.arange(0, 8, 2) / 8)
+    for got, x in ((q, args["q"]), (k, args["k"])):
+        close(got, rotated(x, range(4), frequencies, known=[True] * 4), x)
+    pools += store_pool(*(args[n] for n in ("k", "v", "slots", "k_pool", "v_pool")))
+    assert all(pool.shape == shape for pool in pools)
+    mx.eval(pools)
+
+
+def test_a_stream_of_ones_own() -> None:
+    args = inputs(np.random.default_rng(0), mx.float32)
+    expected = rope_pool_fused(**args, base=1e4)
+    own = mx.new_stream(mx.default_device())
+    for stream in (own, mx.default_device()):
+        found = rope_pool_fused(**args, base=1e4, stream=stream)
+        assert all(np.array_equal(bits(a), bits(b)) for a, b in zip(found, expected, strict=True))
 
 
 def test_another_mlx_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ loaded.
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import mlx.core as mx
 
 from ropool_metal._version import MLX_VERSION, __version__
@@ -25,6 +27,34 @@ if _ext.mlx_version != MLX_VERSION:
     )
 
 has_gpu_kernels: bool = _ext.has_gpu_kernels
+
+
+_NONE = type(None)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "inv_freq": (mx.array, _NONE),
+    "cos_sin": (mx.array, _NONE),
+    "base": (float, int, _NONE),
+    "rotary_dim": (int, _NONE),
+    "interleaved": (bool,),
+    "factor": (float, int),
+    "single_dispatch": (bool,),
+    "stream": (mx.Stream, mx.Device, mx.DeviceType, _NONE),
+}
+"""What the arguments are that are no arrays, or need not be."""
+
+
+def _wrong_type(op: str, error: TypeError, arguments: dict[str, Any]) -> NoReturn:
+    """Raise `error`, which the extension gave, as one that names the argument."""
+    for name, value in arguments.items():
+        if value is error:
+            continue
+        allowed = _KINDS.get(name, (mx.array,))
+        if not isinstance(value, allowed):
+            words = ", ".join("None" if kind is _NONE else kind.__name__ for kind in allowed)
+            raise TypeError(
+                f"ropool_metal.{op}: {name} is of type {type(value).__name__}; allowed: {words}"
+            ) from error
+    raise error
 
 
 def rope_pool_fused(
@@ -68,25 +98,28 @@ def rope_pool_fused(
         factor: cos and sin are multiplied by it (YaRN, LongRoPE).
         single_dispatch: on a GPU one kernel does all three parts; otherwise three do.
 
-    Raises `ValueError` naming the argument; `vmap` and gradients raise it too.
+    Raises `ValueError` or `TypeError` naming the argument; `vmap` and gradients raise the first.
     """
-    return _ext.rope_pool_fused(
-        q,
-        k,
-        v,
-        positions,
-        slots,
-        k_pool,
-        v_pool,
-        inv_freq=inv_freq,
-        cos_sin=cos_sin,
-        base=base,
-        rotary_dim=rotary_dim,
-        interleaved=interleaved,
-        factor=factor,
-        single_dispatch=single_dispatch,
-        stream=stream,
-    )
+    try:
+        return _ext.rope_pool_fused(
+            q,
+            k,
+            v,
+            positions,
+            slots,
+            k_pool,
+            v_pool,
+            inv_freq=inv_freq,
+            cos_sin=cos_sin,
+            base=base,
+            rotary_dim=rotary_dim,
+            interleaved=interleaved,
+            factor=factor,
+            single_dispatch=single_dispatch,
+            stream=stream,
+        )
+    except TypeError as error:
+        _wrong_type("rope_pool_fused", error, locals())
 
 
 def store_pool(
@@ -100,7 +133,10 @@ def store_pool(
 ) -> tuple[mx.array, mx.array]:
     """Return `(k_pool, v_pool)` with K and V, `[T, Hk, D]`, in the rows that `slots` names. For
     models that rotate by themselves. Arguments, laziness and errors as in `rope_pool_fused`."""
-    return _ext.store_pool(k, v, slots, k_pool, v_pool, stream=stream)
+    try:
+        return _ext.store_pool(k, v, slots, k_pool, v_pool, stream=stream)
+    except TypeError as error:
+        _wrong_type("store_pool", error, locals())
 
 
 __all__ = ["MLX_VERSION", "__version__", "has_gpu_kernels", "rope_pool_fused", "store_pool"]

@@ -11,6 +11,7 @@ from ropool import dispatch
 from ropool.bench.scratch import VARIANTS, Subject, subject
 from ropool.bench.tune import tune
 from ropool.bench.workload import DTYPES
+from ropool.cli import probes
 from ropool.cli.bench import listed, numbers
 from ropool.dispatch import OPS, tuning
 from ropool.errors import RopoolError
@@ -107,6 +108,8 @@ def run_mlx(args: argparse.Namespace) -> int:
             f" {found.built_in_us:.1f} us, kernel {found.fused_us:.1f} us ({gain:.2f}x)",
             flush=True,
         )
+        if table.device == "cpu":  # a name that says nothing of the machine
+            table.measured_with["processor"] = probes.cpu_model()
         path = tuning.write(table, args.out)
     print(f"wrote {path}")
     return 0
