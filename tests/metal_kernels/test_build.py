@@ -149,6 +149,41 @@ def test_a_shader_is_compiled_once_for_its_content(tmp_path: Path) -> None:
     assert all("-fno-fast-math" in line for line in compiled)
 
 
+def test_ccache_compiles_where_there_is_one(tmp_path: Path) -> None:
+    pytest.importorskip("mlx.core")
+    pytest.importorskip("nanobind")
+    ccache = tmp_path / "bin" / "ccache"
+    ccache.parent.mkdir()
+    ccache.write_text('#!/bin/sh\nexec "$@"\n')
+    ccache.chmod(0o755)
+    path = f"{ccache.parent}{os.pathsep}{os.environ['PATH']}"
+    options = ["-G", "Unix Makefiles", f"-DPython_EXECUTABLE={sys.executable}"]
+    # Nothing is compiled, so that the kernels of the cpu backend need not be there.
+    options.append(f"-DROPOOL_CPU_CORE={tmp_path / 'core.a'}")
+    assert CMAKE is not None
+    done = subprocess.run(
+        [CMAKE, "-S", str(METAL), "-B", str(tmp_path / "build"), *options],
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    commands = (tmp_path / "build" / "CMakeFiles" / "_ext.dir" / "build.make").read_text()
+    compiled = [line for line in commands.splitlines() if " -c " in line]
+    assert len(compiled) == 4 and all(f"\t{ccache} " in line for line in compiled)
+
+
+def test_the_sources_can_be_joined() -> None:
+    """Where there is no metallib the host code puts the header in place of the one line that
+    includes it."""
+    kernels = (METAL / "kernels" / "rope_pool.metal").read_text()
+    host = (METAL / "csrc" / "eval_gpu.cpp").read_text()
+    assert kernels.count('#include "params.h"') == kernels.count('#include "') == 1
+    assert (METAL / "kernels" / "params.h").read_text().count("#pragma once") == 1
+    assert r'"#include \"params.h\""' in host and '"#pragma once"' in host
+
+
 def load_backend(monkeypatch: pytest.MonkeyPatch) -> Any:
     pytest.importorskip("scikit_build_core")
     monkeypatch.chdir(METAL)

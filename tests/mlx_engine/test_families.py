@@ -96,6 +96,36 @@ def test_log_probabilities_are_those_of_mlx_lm() -> None:
         torch.testing.assert_close(ours.log_softmax(-1), expected, rtol=1e-4, atol=1e-3)
 
 
+def test_a_decode_step_is_one_call_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of attention, for all requests of like length; and what the step computes is evaluated at
+    once, at its end."""
+    engine = MlxEngine(pooled(tiny.build("gemma3-text")), pool_tokens=512)
+    attention, evaluate, forward = mx.fast.scaled_dot_product_attention, mx.eval, engine._forward
+    calls = {"attention": 0, "eval": 0}
+    seen: list[tuple[int, dict[str, int]]] = []
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **options)
+
+        return call
+
+    def watched(spans: Any) -> torch.Tensor:
+        calls.update(attention=0, eval=0)
+        logits = forward(spans)
+        if all(len(span.tokens) == 1 for span in spans):
+            seen.append((len(spans), dict(calls)))
+        return logits
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", counted("attention", attention))
+    monkeypatch.setattr(mx, "eval", counted("eval", evaluate))
+    monkeypatch.setattr(engine, "_forward", watched)
+    ragged = [list(range(1, 1 + length)) for length in (17, 20, 24, 29, 32)]
+    engine.generate(ragged, SamplingParams(max_new_tokens=4))
+    assert seen and all(one == (5, {"attention": 3, "eval": 1}) for one in seen)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_models(dtype: str) -> None:
     model = tiny.build("llama")

@@ -41,6 +41,22 @@ def test_both_engines_answer_alike(directory: str, capsys: pytest.CaptureFixture
     assert ours["decode_tokens_per_s"] > 0 and ours["pool"]["bytes_per_token"] > 0
 
 
+@pytest.mark.parametrize(
+    "system, packages, engine",
+    [("darwin", True, "mlx"), ("darwin", False, "torch"), ("linux", True, "torch")],
+)
+def test_the_default_engine(
+    system: str, packages: bool, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ropool.cli import generate
+
+    monkeypatch.setattr("sys.platform", system)
+    found = object() if packages else None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
+    assert generate._engine_kind("auto") == engine
+    assert generate._engine_kind("torch") == "torch" and generate._engine_kind("mlx") == "mlx"
+
+
 def test_without_the_kernel(
     directory: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ from ropool.mlx.aot import (  # noqa: E402
 )
 from ropool.mlx.engine import MlxEngine  # noqa: E402
 from ropool.mlx.model import MlxModel  # noqa: E402
+from ropool.mlx.rotation import read_rotation  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     dispatch.unavailable("metal") is not None, reason="ropool-metal is not installed"
@@ -137,6 +138,16 @@ def test_a_rotation_that_cannot_be_expressed(
     monkeypatch.setenv(policy.VARIABLE, "1")
     with pytest.raises(RopoolError, match="CUSTOM_ROPE is 1, but no kernel can rotate here: Shif"):
         MlxModel(tiny.copy_of(model), frozenset())
+
+
+@pytest.mark.parametrize("context, table", [(2**24, False), (2**24 + 1, False), (2**24 + 1, True)])
+def test_positions_that_a_gpu_has_no_exact_angles_of(context: int, table: bool) -> None:
+    """On a CPU, where the frequencies of such a context are read in float64, there are none."""
+    rotation = read_rotation(nn.RoPE(16, base=1e4), context, table=table)
+    if context > 2**24 and not table:
+        assert rotation.arguments is None and f"context is {context}, of which" in rotation.reason
+    else:
+        assert rotation.arguments is not None and "inv_freq" in rotation.arguments
 
 
 def test_unknown_attributes_raise() -> None:

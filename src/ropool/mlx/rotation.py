@@ -14,6 +14,9 @@ from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
 MOST_TABLE_ROWS = 32768
 """Positions up to which the CPU reads cos/sin from a table; beyond it computes them."""
 
+MOST_POSITIONS = 2**24
+"""Positions that the kernels of a GPU compute angles of without a loss."""
+
 
 @dataclass(frozen=True, eq=False)
 class Rotation:
@@ -42,6 +45,9 @@ def read_rotation(module: Any, context: int, *, table: bool) -> Rotation:
     if isinstance(module, DynamicNTKScalingRoPE) and context <= module.max_position_embeddings:
         # The base grows with sequences that are longer than this, and there are none.
         module = nn.RoPE(dims, traditional=interleaved, base=module.base)
+    if not table and context > MOST_POSITIONS:
+        reason = f"the model's context is {context}, of which angles are exact below 2**24"
+        return Rotation(module, dims, interleaved, None, reason)
     frequencies, factor, reason = _frequencies(module, dims)
     if frequencies is None:
         return Rotation(module, dims, interleaved, None, reason)
