@@ -137,6 +137,7 @@ bench-gpu: ## time every op on this GPU, beside the peers in .peers (benchmarks/
 		--out $(BENCH_GPU_OUT) $(ARGS)
 	@PYTHONPATH=src:.peers $(PYTHON) -c $(MAIN) bench --device cuda --decode all \
 		--out $(BENCH_GPU_OUT)
+	@PYTHONPATH=src $(PYTHON) -c $(MAIN) bench --device cuda --overhead --out $(BENCH_GPU_OUT)
 
 sanitize: ## compute-sanitizer's four tools over the CUDA kernels, with the torch of PYTHON
 	@PYTHONPATH=src:tests $(PYTHON) -m ops.sanitize cuda \

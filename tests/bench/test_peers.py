@@ -4,6 +4,7 @@ and positions in their own words."""
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -146,7 +147,12 @@ def test_the_suite_has_every_shape_and_every_token_count() -> None:
     plain = [w for w in suite if w.op == "rope_store_kv_" and w.variant == "bfloat16"]
     assert {w.heads for w in plain} == set(HEADS)
     assert {w.tokens for w in plain} == set(MLA_TOKENS) - {65536}
-    assert {w.tokens for w in suite if w.op == "store_mla_"} == set(MLA_TOKENS)
+    for op, pool in itertools.product(
+        ("store_mla_", "rope_store_mla_"), ("bfloat16", "float8_e4m3fn", "fp8_ds_mla")
+    ):
+        tokens = {w.tokens for w in suite if (w.op, w.kv_dtype) == (op, pool)}
+        few = {("store_mla_", "float8_e4m3fn"): 0, ("rope_store_mla_", "fp8_ds_mla"): 5}
+        assert len(tokens & set(MLA_TOKENS)) == len(tokens) == few.get((op, pool), 15)
     [compiled] = choose(["torch.compiled"])
     assert 0 < sum(takes_part(w, compiled) for w in suite) < 60
     [generated] = choose(["flashinfer.generated"])

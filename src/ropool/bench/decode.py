@@ -4,7 +4,7 @@ the op and with what else could do its work. Weights are random, since only time
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ropool.bench.decode_kernels import KERNELS, NOTHING, For, Function, Kernels
 from ropool.bench.decode_models import MODELS
+from ropool.engine.attention import paged_attention
 from ropool.engine.cache import KVCache, PageTable
 from ropool.engine.spec import LatentRow
 from ropool.engine.step import Span, Step, build_step
@@ -137,20 +138,36 @@ def one_batch(name: str, model: Any, cache: KVCache, batch: int, rounds: int) ->
         cache.release(table)
 
 
-def replaced(
-    model: Any, kernels: Kernels, step: Step, functions: list[Function]
-) -> AbstractContextManager[object]:
+@contextmanager
+def replaced(model: Any, kernels: Kernels, step: Step, functions: list[Function]) -> Iterator[None]:
     """While it lasts, the model's attention calls `kernels` where it calls the op. What it calls is
     added to `functions`."""
     from ropool.integrations.transformers import attention, mla
 
     made = function_of(kernels, model)
     if made is None:
-        return nullcontext()
-    functions.append(made(step))
+        yield
+        return
+    function = made(step)
+    functions.append(function)
     if isinstance(model.spec.row, LatentRow):
-        return mock.patch.object(mla, "rope_store_mla_", functions[-1])
-    return mock.patch.object(attention, "rope_store_kv_", functions[-1])
+        with mock.patch.object(mla, "rope_store_mla_", function):
+            yield
+        return
+    elsewhere: Tensor | None = None
+
+    def rotate_and_store(q: Tensor, *others: Any, **options: Any) -> None:
+        nonlocal elsewhere
+        elsewhere = function(q, *others, **options)
+
+    def attend_to_rotated(q: Tensor, *others: Any) -> Tensor:
+        return paged_attention(q if elsewhere is None else elsewhere, *others)
+
+    with (
+        mock.patch.object(attention, "rope_store_kv_", rotate_and_store),
+        mock.patch.object(attention, "paged_attention", attend_to_rotated),
+    ):
+        yield
 
 
 def function_of(kernels: Kernels, model: Any) -> For | None:

@@ -16,7 +16,9 @@ from ropool.bench.peers.sglang import kernels as sglang_kernels
 from ropool.bench.peers.vllm import ops as vllm_ops
 from ropool.engine.step import Step
 
-Function = Callable[..., None]
+Function = Callable[..., Tensor | None]
+"""Takes the arguments of the op. Returns the rotated query when it is not written in place, which
+stands for `rope_store_kv_` only."""
 For = Callable[[Step], Function]
 
 
@@ -130,13 +132,12 @@ def transformers_kv(step: Step) -> Function:
     def call(
         q: Tensor, k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, table: Tensor,
         positions: Tensor, slots: Tensor, **_: Any,
-    ) -> None:  # fmt: skip
+    ) -> Tensor:  # fmt: skip
         heads = (x.transpose(0, 1).unsqueeze(0) for x in (q, k))
         turned = apply_rotary_pos_emb(*heads, *angles(made, table, positions, q.dtype))
-        # The engine reads the rotated query in place.
-        q.copy_(turned[0][0].transpose(0, 1))
         k_pool.flatten(0, 1)[slots] = turned[1][0].transpose(0, 1)
         v_pool.flatten(0, 1)[slots] = v
+        return turned[0][0].transpose(0, 1)
 
     return call
 
@@ -154,6 +155,7 @@ def transformers_mla(step: Step) -> Function:
     ) -> None:  # fmt: skip
         heads = q.transpose(0, 1).unsqueeze(0), k_rope[None, None]
         turned = apply_rotary_pos_emb_interleave(*heads, *angles(made, table, positions, q.dtype))
+        # Its own code copies too: it joins both parts of the query.
         q.copy_(turned[0][0].transpose(0, 1))
         pool.flatten(0, 1)[slots] = torch.cat((k_nope, turned[1][0, 0]), dim=-1)
 

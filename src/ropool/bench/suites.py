@@ -31,9 +31,10 @@ def gpu() -> list[Workload]:
         workloads(["rope_"], HEADS, model, [], TOKENS),
         workloads(["store_kv_"], HEADS, model, [], TOKENS),
         workloads(["store_mla_"], mla, model, [], MLA_TOKENS),
-        workloads(["store_mla_"], mla, model, ["fp8_ds_mla"], TOKENS),
-        workloads(["rope_store_mla_"], mla, model, [], TOKENS),
-        workloads(["rope_store_mla_"], mla, model, fp8, TOKENS, fp8),
+        workloads(["store_mla_"], mla, model, ["fp8_ds_mla"], MLA_TOKENS),
+        workloads(["rope_store_mla_"], mla, model, [], MLA_TOKENS),
+        workloads(["rope_store_mla_"], mla, model, fp8, MLA_TOKENS, fp8),
+        workloads(["rope_store_mla_"], mla, model, ["fp8_ds_mla"], FEW_TOKENS),
     )
     return list(dict.fromkeys(workload for part in parts for workload in part))
 
