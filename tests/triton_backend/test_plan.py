@@ -28,6 +28,15 @@ def test_what_is_many_follows_the_processors() -> None:
     assert plan(KEY, 1000, 32, 200).warps == 4
 
 
+def test_an_mla_program_has_one_row_of_few_and_several_of_many() -> None:
+    """The row is cut into its latent and its rope part, both powers of two."""
+    key = Key(op="store_mla_", dtype="bfloat16", head_dim=64, latent_dim=512)
+    few, many = plan(key, 1, 32, 132), plan(key, 65536, 32, 132)
+    assert (few.v, few.k) == ((1, 1), (1, 1))
+    assert (many.v, many.k) == ((4, 1), (32, 1))
+    assert many.v.tokens * 512 == many.k.tokens * 64
+
+
 def test_a_choice_goes_first() -> None:
     cut = plan(KEY, 1, 64, 100, {"warps": 1, "vectors": 2})
     # 128 vectors: 8 heads of 16 (80 dims as 128 of bfloat16); a block is a power of two.
