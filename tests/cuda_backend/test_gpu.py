@@ -169,27 +169,69 @@ def test_a_launch_keeps_no_tensor_alive() -> None:
     assert not any(ref() is not None for ref in alive)
 
 
+def unturned(rows: int, width: int, sign: float = 1.0) -> torch.Tensor:
+    """A table whose rotation is none, or that of half a turn."""
+    half = torch.ones(rows, width // 2, device="cuda")
+    return torch.cat((sign * half, 0 * half), dim=1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
-def test_pool_past_every_32_bit_limit(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("op", ["store_kv_", "rope_store_kv_", "store_mla_", "rope_store_mla_"])
+def test_pool_past_every_32_bit_limit(op: str, dtype: torch.dtype) -> None:
     """More than 2**32 elements and bytes, really allocated."""
     if torch.cuda.mem_get_info()[0] < 30 << 30:
         pytest.skip("needs 30 GiB of GPU memory")
-    heads, dim = 2, 128
-    slots = (1 << 32) // (heads * dim) + 4096
-    pool = torch.zeros(slots, heads, dim, dtype=torch.uint8, device="cuda").view(torch.uint8)
-    pools = [pool.view(dtype)] if dtype.itemsize == 1 else []
-    if not pools:
-        pools = [torch.zeros(slots, heads, dim, dtype=dtype, device="cuda")]
-    k, v = torch.randn(2, 4, heads, dim, device="cuda").to(torch.bfloat16)
-    limits = [1 << 31, 1 << 32]
-    mapping = torch.tensor(
-        [0, limits[0] // (heads * dim), limits[1] // (heads * dim), slots - 1], device="cuda"
-    )
-    ropool.store_kv_(k, v, pools[0], pools[0].clone(), mapping, layout="slots", backend="cuda")
-    got = pools[0].view(torch.uint8)[mapping].view(dtype).float()
-    torch.testing.assert_close(got, k.to(dtype).float(), rtol=0, atol=0)
-    rows = pools[0].view(torch.uint8).flatten(1).any(dim=1)
-    assert int(rows.sum()) == 4
+    heads, dim = (1, 576) if "mla" in op else (2, 128)
+    row = heads * dim
+    slots = (1 << 32) // row + 4096
+    shape = (slots, dim) if "mla" in op else (slots, heads, dim)
+    pool, other = (torch.zeros(shape, dtype=dtype, device="cuda") for _ in range(2))
+    # In bytes and in elements.
+    limits = {limit // size // row for limit in (1 << 31, 1 << 32) for size in (1, dtype.itemsize)}
+    mapping = torch.tensor([0, *sorted(limits), slots - 1], device="cuda")
+    tokens = len(mapping)
+    k, v = torch.randn(2, tokens, heads, dim, device="cuda").to(torch.bfloat16)
+    q = torch.randn(tokens, 4, 64 if "mla" in op else dim, device="cuda").to(torch.bfloat16)
+    table, positions = unturned(8, q.shape[2]), torch.arange(tokens, device="cuda")
+    call, index = getattr(ropool, op), (table, positions) if op.startswith("rope") else ()
+    first = (q,) if op.startswith("rope") else ()
+    if "mla" in op:
+        latent, rope = k[:, 0].split([512, 64], dim=1)
+        call(*first, latent, rope, pool, *index, mapping, backend="cuda")
+    else:
+        call(*first, k, v, pool, other, *index, mapping, layout="slots", backend="cuda")
+    got = pool.view(torch.uint8).view(slots, -1)
+    want = k.to(dtype).view(torch.uint8).view(tokens, -1)
+    assert torch.equal(got[mapping], want)
+    assert int(got.any(dim=1).sum()) == tokens
+
+
+def test_queries_past_every_32_bit_limit() -> None:
+    """A prompt whose projection has more than 2**32 elements, rotated by half a turn."""
+    if torch.cuda.mem_get_info()[0] < 40 << 30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    heads, dim = 64, 128
+    tokens = (1 << 32) // (heads * dim) + 64
+    q = torch.randn(tokens, heads, dim, device="cuda", dtype=torch.bfloat16)
+    want = -q
+    positions = torch.arange(tokens, device="cuda") % 64
+    ropool.rope_(q, None, unturned(64, dim, -1.0), positions, backend="cuda")
+    assert torch.equal(q, want)
+
+
+@pytest.mark.parametrize("op", launch.ARGUMENTS)
+def test_a_call_allocates_nothing_on_the_device(op: str) -> None:
+    args = placed(arguments(Case(op=op, tokens=6)), "cuda")
+    run(op, args)
+
+    def allocations() -> int:
+        return int(torch.cuda.memory_stats()["allocation.all.allocated"])
+
+    before = allocations()
+    run(op, args)
+    plan = ropool.plan(op, **args, backend="cuda")
+    plan()
+    assert allocations() == before
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
