@@ -176,11 +176,15 @@ def unturned(rows: int, width: int, sign: float = 1.0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
-@pytest.mark.parametrize("op", ["store_kv_", "rope_store_kv_", "store_mla_", "rope_store_mla_"])
-def test_pool_past_every_32_bit_limit(op: str, dtype: torch.dtype) -> None:
-    """More than 2**32 elements and bytes, really allocated."""
+def test_pool_past_every_32_bit_limit(dtype: torch.dtype) -> None:
+    """More than 2**32 elements and bytes, really allocated, for one op after the other."""
     if torch.cuda.mem_get_info()[0] < 30 << 30:
         pytest.skip("needs 30 GiB of GPU memory")
+    for op in ("store_kv_", "rope_store_kv_", "store_mla_", "rope_store_mla_"):
+        check_large_pool(op, dtype)
+
+
+def check_large_pool(op: str, dtype: torch.dtype) -> None:
     heads, dim = (1, 576) if "mla" in op else (2, 128)
     row = heads * dim
     slots = (1 << 32) // row + 4096
