@@ -16,6 +16,7 @@ from ropool import dispatch
 from ropool.bench import events, scratch
 from ropool.bench import tune as tuner
 from ropool.bench.scratch import VARIANTS, Subject
+from ropool.bench.timing import Samplers
 from ropool.cli.main import main
 from ropool.dispatch import OPS, tuning
 from ropool.dispatch.key import Key
@@ -32,18 +33,18 @@ class FakeTimer:
     def __init__(self, device: torch.device) -> None:
         self.calls = 0
 
-    def sampler(self, call: Callable[[Any], object], sets: Sequence[Any]) -> Callable[[], float]:
+    def prepare(self, call: Callable[[Any], object], sets: Sequence[Any]) -> Samplers:
         for arguments in sets:
             call(arguments)
         choice = tuning.choice_of("reference", "", KEY, 1)
         time = 10.0 if choice is None else MICROSECONDS[choice["a"], choice.get("b", 0)]
-        return lambda: time
+        return Samplers(lambda: time)
 
 
 KEY = Key(op="rope_", dtype="bfloat16")
 CANDIDATES = SimpleNamespace(
     layouts=lambda key, tokens: [{"a": a} for a in (1, 2, 3)],
-    refinements=lambda choice: [
+    refinements=lambda key, tokens, choice: [
         {**choice, "b": b} for b in (1, 2) if (choice["a"], b) in MICROSECONDS
     ],
 )
@@ -226,6 +227,6 @@ def test_events_time_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=Event))
     monkeypatch.setattr(events, "FLUSH_BYTES", 64)
-    sample = events.EventTimer(CPU).sampler(call, [0.001, 0.003])
+    sample = events.EventTimer(CPU).prepare(call, [0.001, 0.003]).overlapping
     assert sample() == pytest.approx(2.0)
     assert sample() == pytest.approx(2.0)

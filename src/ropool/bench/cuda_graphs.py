@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from ropool.bench.inputs import Inputs
 from ropool.bench.timing import Sample, Samplers, Timed
 
 COPY_BYTES = 2 << 30
@@ -43,7 +42,7 @@ class CudaTimer:
             graph.replay()
         torch.cuda.synchronize(device)
 
-    def prepare(self, call: Timed, sets: Sequence[Inputs]) -> Samplers:
+    def prepare(self, call: Timed, sets: Sequence[Any]) -> Samplers:
         """Capture calls on all sets. A second graph has no overlap, where the first has."""
         graph, count = self._calls(call, sets)
         overlapping = self._sample(graph, count)
@@ -52,10 +51,6 @@ class CudaTimer:
         graph, count = self._calls(call, sets)
         serialise(graph)
         return Samplers(overlapping, self._sample(graph, count))
-
-    def sampler(self, call: Callable[[Any], object], sets: Sequence[Any]) -> Sample:
-        """Capture calls on all sets."""
-        return self._sample(*self._calls(call, sets))
 
     def _calls(
         self, call: Callable[[Any], object], sets: Sequence[Any]

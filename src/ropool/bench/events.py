@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ropool.bench.timing import Sample
+from ropool.bench.timing import Samplers
 
 FLUSH_BYTES = 512 << 20
 CALLS = 256
@@ -22,7 +22,7 @@ class EventTimer:
         self._module = torch.get_device_module(device)
         self._other = torch.ones(FLUSH_BYTES // 4, dtype=torch.float32, device=device)
 
-    def sampler(self, call: Callable[[Any], object], sets: Sequence[Any]) -> Sample:
+    def prepare(self, call: Callable[[Any], object], sets: Sequence[Any]) -> Samplers:
         """Time calls on all sets, one after the other; the caches hold something else before."""
         calls = list(islice(cycle(sets), max(CALLS, len(sets))))
         for _ in range(WARM_UP_CALLS):
@@ -38,4 +38,4 @@ class EventTimer:
             end.synchronize()
             return 1e3 * float(start.elapsed_time(end)) / len(calls)
 
-        return sample
+        return Samplers(sample)

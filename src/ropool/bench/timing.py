@@ -8,14 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from ropool.bench.inputs import Inputs
-
-Timed = Callable[[Inputs], object]
+Timed = Callable[[Any], object]
 Sample = Callable[[], float]
 """Runs a callable some times and gives microseconds a call."""
 
@@ -47,7 +45,7 @@ class Timing(NamedTuple):
 class Timer(Protocol):
     """How calls are timed on a kind of device."""
 
-    def prepare(self, call: Timed, sets: Sequence[Inputs]) -> Samplers:
+    def prepare(self, call: Timed, sets: Sequence[Any]) -> Samplers:
         """Warm `call` up and make what takes its samples."""
 
     def copy_gbps(self) -> float:
@@ -80,7 +78,7 @@ class CpuTimer:
         # Written here, so that the pages are there when the copy is timed.
         self._source, self._target = torch.ones(2, COPY_BYTES // 4).unbind()
 
-    def prepare(self, call: Timed, sets: Sequence[Inputs]) -> Samplers:
+    def prepare(self, call: Timed, sets: Sequence[Any]) -> Samplers:
         """Find how many calls fill a sample."""
         turn = cycle(sets)
         call(next(turn))
@@ -117,7 +115,7 @@ def streaming_copy_gbps() -> float:
     return float(np.median(found))
 
 
-def microseconds(call: Timed, batch: Sequence[Inputs]) -> float:
+def microseconds(call: Timed, batch: Sequence[Any]) -> float:
     """What the calls of a batch take together."""
     start = time.perf_counter_ns()
     for inputs in batch:
@@ -125,7 +123,7 @@ def microseconds(call: Timed, batch: Sequence[Inputs]) -> float:
     return (time.perf_counter_ns() - start) / 1e3
 
 
-def settle(call: Timed, turn: Iterator[Inputs]) -> None:
+def settle(call: Timed, turn: Iterator[Any]) -> None:
     """Run untimed for `SETTLE_SECONDS`."""
     end = time.perf_counter() + SETTLE_SECONDS
     while True:

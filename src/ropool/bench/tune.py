@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -34,8 +35,9 @@ NO_GAIN = 0.995
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The best layout for one call. Times are medians in microseconds; `before` is that of the
-    layout in force so far."""
+    """The best layout for one call. Times are medians in microseconds, where kernels can overlap
+    the geometric mean of calls that overlap their neighbours and calls that do not; `before` is
+    that of the layout in force so far."""
 
     subject: Subject
     tokens: int
@@ -65,7 +67,9 @@ class Tuner:
         timed = {index: self._time(op, sets, choice) for index, choice in enumerate(first)}
         leading = sorted(timed, key=lambda index: timed[index])[:FINALISTS]
         choices = [first[index] for index in leading]
-        refined = [more for choice in choices for more in self.candidates.refinements(choice)]
+        refined = [
+            more for choice in choices for more in self.candidates.refinements(key, tokens, choice)
+        ]
         self._prepare(key, args, options, refined)
         times = [timed[index] for index in leading]
         times += [self._time(op, sets, choice) for choice in refined]
@@ -113,9 +117,10 @@ class Tuner:
             op(**arguments, backend=self.backend)
 
         with tuning.trying(choice) if choice is not None else nullcontext():
-            sample = self._timer.sampler(call, sets)
-        assert sample is not None
-        return sample
+            overlapping, serial = self._timer.prepare(call, sets)
+        if serial is None:
+            return overlapping
+        return lambda: math.sqrt(overlapping() * serial())
 
     def _time(self, op: Any, sets: list[dict[str, Any]], choice: Choice) -> float:
         sample = self._sample(op, sets, choice)

@@ -12,23 +12,24 @@ import torch
 from ropool.backends.cuda import compile
 from ropool.backends.cuda.choose import shape_of
 from ropool.backends.cuda.grid import grid_of
-from ropool.backends.cuda.launch import describe, source_of
+from ropool.backends.cuda.launch import describe, longest_vector, source_of
 from ropool.backends.cuda.shape import LOADS, Shape, checked, possible
-from ropool.backends.cuda.specialise import VECTOR_BYTES
 from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args
 from ropool.dispatch.tuning import Choice
 
 EARLY_TOKENS = 16384
 """Calls of more tokens are bound by bandwidth on every GPU: prefetching early is not tried."""
-BULK_TOKENS = 1024
+MANY_TOKENS = 1024
+"""Calls of more tokens than so may be bound by bandwidth: what suits those is tried too."""
 THREADS = (64, 128, 256)
+LANES = (8, 12, 24, 32, 36)
 
 
 def in_force(key: Key, args: Args, options: Options, device: int) -> Choice:
     """The layout that such a call has now."""
     gpu = torch.cuda.get_device_properties(device)
-    call = describe(key, args, options, lambda name: VECTOR_BYTES)
+    call = describe(key, args, options, lambda name: longest_vector(key, device))
     shape = shape_of(call, f"sm_{gpu.major}{gpu.minor}", gpu.multi_processor_count, gpu.name)
     default = Shape()._asdict()
     return {
@@ -52,13 +53,14 @@ def layouts(key: Key, tokens: int) -> list[Choice]:
                 found.append(shared | {"k_rows": k, "v_rows": v})
             found.append(shared | {"joint": True})
         return found
-    for threads, e in itertools.product(THREADS, early):
+    many = tokens >= MANY_TOKENS
+    for threads, e in itertools.product((32, *THREADS) if many else THREADS, early):
         shared = {"threads": threads, "early": e}
-        if key.latent_dim:
-            found += [shared | {"vectors": n} for n in (2, 3, 4)]
+        if key.latent_dim and key.row_format == "model":
+            found += [shared | {"lanes": lanes} for lanes in LANES]
         else:
-            found += [shared | {"k_rows": n, "v_rows": n} for n in (1, 2, 4)]
-    if tokens >= BULK_TOKENS:
+            found += [shared | {"k_rows": n, "v_rows": n} for n in (1, 2, 4, 8)]
+    if many:
         found += [
             {"bulk": True, "threads": rows, "early": e}
             for rows, e in itertools.product((2, 4, 8, 16), early)
@@ -66,11 +68,14 @@ def layouts(key: Key, tokens: int) -> list[Choice]:
     return found
 
 
-def refinements(choice: Choice) -> list[Choice]:
+def refinements(key: Key, tokens: int, choice: Choice) -> list[Choice]:
     """What is tried with the best of them."""
     if choice.get("bulk"):
         return []
-    return [{**choice, "loads": loads} for loads in LOADS[1:]]
+    found: list[Choice] = [{**choice, "loads": loads} for loads in LOADS[1:]]
+    if key.rotary_dim and tokens >= MANY_TOKENS:
+        found += [{**choice, "loads": loads, "ahead": False} for loads in LOADS]
+    return found
 
 
 def prepare(calls: Iterable[tuple[Key, Args, Options, Choice]], device: int) -> None:
@@ -79,7 +84,7 @@ def prepare(calls: Iterable[tuple[Key, Args, Options, Choice]], device: int) -> 
     arch = f"sm_{major}{minor}"
     texts = set()
     for key, args, options, choice in calls:
-        call = describe(key, args, options, lambda name: VECTOR_BYTES)
+        call = describe(key, args, options, lambda name: longest_vector(key, device))
         shape = possible(checked(choice)._replace(dependent=major >= 9), call)
         texts.add(source_of(call, shape, grid_of(call, shape)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -34,11 +34,12 @@ def check_tuning(table: tuning.Table) -> None:
         for choice in choices.values():
             checked(choice)
     rules = table.rules
-    for choice, held in rules.get("early_turned", ()):
-        checked(choice)
-        _whole("early_turned", held)
+    for name in ("early_turned", "joined"):
+        for choice, held in rules.get(name, ()):
+            checked(choice)
+            _whole(name, held)
     checked({"loads": rules.get("loads", "plain")})
-    for name in ("short_row_bytes", "early_copied"):
+    for name in ("short_row_bytes", "early_copied", "ahead_turned"):
         _whole(name, rules.get(name, 0))
     bulk = rules.get("bulk")
     if bulk is not None:
@@ -61,7 +62,17 @@ def _by_rules(call: Call, processors: int, rules: dict[str, Any]) -> tuning.Choi
             if threads <= processors * held:
                 return dict(choice)
         short = call.key.head_dim * SIZES[call.formats["Model"]] <= rules.get("short_row_bytes", 0)
-        return {"q_rows": 1 if short else 2, "loads": rules.get("loads", "plain")}
+        held = call.tokens * threads_per_token(call, Shape())
+        return {
+            "q_rows": 1 if short else 2,
+            "loads": rules.get("loads", "plain"),
+            "ahead": held <= processors * rules.get("ahead_turned", held),
+        }
+    if call.integers.get("JOINED"):
+        for choice, tokens in rules.get("joined", ()):
+            if call.tokens <= tokens * processors:
+                return dict(choice)
+        return {}
     bulk = rules.get("bulk")
     if bulk is not None and call.tokens >= bulk["tokens"] * processors:
         rows = bulk["rows"]

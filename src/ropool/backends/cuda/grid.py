@@ -65,7 +65,7 @@ def _teams(call: Call, shape: Shape) -> tuple[dict[str, int], dict[str, int]]:
     stores, normed = given.get("STORE", 0), given.get("K_NORM", 0)
     if given.get("JOINED"):
         vectors = (key.latent_dim + key.head_dim) // given["VV"]
-        add("V", 1, 1, math.ceil(vectors / shape.vectors), False)
+        add("V", 1, 1, min(vectors, shape.lanes), False)
     elif given.get("HK") and not shape.joint:
         units = _units(key.head_dim, half, given["VK"], bool(stores or normed))
         add("K", given["HK"], shape.k_rows, units, bool(normed))

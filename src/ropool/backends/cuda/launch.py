@@ -17,6 +17,7 @@ from ropool.backends.cuda.grid import Grid, grid_of
 from ropool.backends.cuda.prelude import prelude, switches
 from ropool.backends.cuda.shape import Shape
 from ropool.backends.cuda.specialise import (
+    LONG_VECTOR_BYTES,
     VECTOR_BYTES,
     Call,
     Describer,
@@ -54,6 +55,12 @@ ARGUMENTS = {
         "q v k v_pool+k_pool table positions slots offsets v_scale+k_scale q_out q_scale window"
     ),
 }
+
+
+def longest_vector(key: Key, device: int) -> int:
+    """Bytes of the longest vector that a call's kernel moves at once on `device`."""
+    wide = torch.cuda.get_device_capability(device) >= (10, 0)
+    return LONG_VECTOR_BYTES if wide and key.op == "store_mla_" else VECTOR_BYTES
 
 
 def describe(key: Key, args: Args, options: Options, align: Callable[[str], int]) -> Call:
@@ -135,12 +142,14 @@ def bind(key: Key, args: Args, options: Options) -> Launch:
         else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         for tensor in args
     )
-    aligned = describe(key, shapes, options, lambda _: VECTOR_BYTES)
+    longest = longest_vector(key, device)
+    aligned = describe(key, shapes, options, lambda _: longest)
     if aligned.scalars.get("max_position", 1) == 0:
         return lambda args: None  # every position is outside of an empty table
     tensors_of = itemgetter(*(index for _, index in aligned.pointers))
     vectors = [at for at, (name, _) in enumerate(aligned.pointers) if name in _VECTORS]
     vectors_of = itemgetter(*vectors)
+    alignment = functools.partial(power_of_2, most=longest)
     launchers: dict[tuple[int, ...], driver.Launcher] = {}
 
     def launcher_for(alignments: tuple[int, ...]) -> driver.Launcher:
@@ -152,8 +161,8 @@ def bind(key: Key, args: Args, options: Options) -> Launch:
 
     def prepared(args: Args) -> tuple[driver.Launcher, list[int]]:
         addresses = [tensor.data_ptr() for tensor in tensors_of(args)]
-        low_bits = functools.reduce(or_, vectors_of(addresses)) % VECTOR_BYTES
-        alignments = tuple(map(power_of_2, vectors_of(addresses))) if low_bits else ()
+        low_bits = functools.reduce(or_, vectors_of(addresses)) % longest
+        alignments = tuple(map(alignment, vectors_of(addresses))) if low_bits else ()
         launcher = launchers.get(alignments)
         if launcher is None:
             launcher = launchers[alignments] = launcher_for(alignments)

@@ -9,7 +9,7 @@ from ropool.backends.cuda.specialise import POINTERS, SCALARS, Call
 _INTEGERS = {
     **dict.fromkeys(("HQ", "HK", "HV", "MERGED", "JOINED", "STORE", "WRITE_K", "TILES"), 0),
     **dict.fromkeys(("Q_OUT", "Q_NORM", "K_NORM", "Q_SCALE", "K_SCALE", "V_SCALE"), 0),
-    **dict.fromkeys(("HAS_OFFSETS", "HAS_WINDOW", "INTERLEAVED"), 0),
+    **dict.fromkeys(("HAS_OFFSETS", "HAS_PADDING", "HAS_WINDOW", "INTERLEAVED"), 0),
     **dict.fromkeys(("MROPE", "SECTION_T", "SECTION_H", "SECTION_W"), 0),
     **dict.fromkeys(("K_GROUP", "V_GROUP", "K_POOL_OFFSET", "V_POOL_OFFSET"), 0),
     **dict.fromkeys(("D", "DV", "VQ", "VK", "VV", "TABLE_WIDTH", "Q_NORM_WIDTH"), 1),
@@ -28,7 +28,12 @@ _FORMATS = {
 
 def switches(shape: Shape) -> str:
     """What the preprocessor has to know."""
-    return f"#define PDL {int(shape.dependent)}\n#define LOADS {LOADS.index(shape.loads)}\n"
+    values = {
+        "PDL": int(shape.dependent),
+        "AHEAD": int(shape.ahead),
+        "LOADS": LOADS.index(shape.loads),
+    }
+    return "".join(f"#define {name} {value}\n" for name, value in values.items())
 
 
 def prelude(call: Call, shape: Shape, grid: Grid) -> str:

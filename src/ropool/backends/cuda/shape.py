@@ -22,7 +22,10 @@ whole lines of 128 bytes."""
 class Shape(NamedTuple):
     """`*_rows`: rows of a token that one thread takes. `dependent`: launched so that it may start
     while the kernel before it drains; `early`: it then prefetches while it waits. `joint`: a thread
-    takes queries and keys alike. `bulk`: the bulk copy engine moves the rows, one a thread."""
+    takes queries and keys alike. `bulk`: the bulk copy engine moves the rows, one a thread.
+    `ahead`: rows are loaded before the token's position and slot are looked at, which suits calls
+    bound by latency; without it fewer registers and loads are in flight, which can suit those bound
+    by bandwidth."""
 
     q_rows: int = 2
     k_rows: int = 1
@@ -32,9 +35,10 @@ class Shape(NamedTuple):
     early: bool = False
     joint: bool = False
     bulk: bool = False
+    ahead: bool = True
     loads: str = "plain"
-    vectors: int = 2
-    """Vectors of an MLA row stored as it came that one thread takes."""
+    lanes: int = WARP
+    """Threads that take one MLA row stored as it came."""
 
 
 def checked(choice: tuning.Choice) -> Shape:
@@ -43,12 +47,12 @@ def checked(choice: tuning.Choice) -> Shape:
         shape = Shape(**choice)
     except TypeError as error:
         raise ValueError(f"ropool: tuning choice {dict(choice)}: {error}") from None
-    counts = {"q_rows": 8, "k_rows": 8, "v_rows": 8, "vectors": 8, "threads": MOST_THREADS}
+    counts = {"q_rows": 8, "k_rows": 8, "v_rows": 8, "lanes": 64, "threads": MOST_THREADS}
     for name, most in counts.items():
         value = getattr(shape, name)
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"ropool: tuning choice: {name} is {value!r}; allowed: 1 to {most}")
-    for name in ("dependent", "early", "joint", "bulk"):
+    for name in ("dependent", "early", "joint", "bulk", "ahead"):
         value = getattr(shape, name)
         if type(value) is not bool:
             raise ValueError(f"ropool: tuning choice: {name} is {value!r}; allowed: true, false")

@@ -18,6 +18,8 @@ from ropool.dispatch.key import Key, Options
 from ropool.layouts import PlaneView, plane_view
 
 VECTOR_BYTES = 16
+LONG_VECTOR_BYTES = 32
+"""What sm_100 and later move at once, in rows that are stored as they came."""
 TILE = 128
 """Latents of the 656-byte row that share a scale."""
 
@@ -45,7 +47,8 @@ SCALARS = (
 )
 
 Align = Callable[[str], int]
-"""Pointer name -> a power of two up to 16 that its address is a multiple of."""
+"""Pointer name -> a power of two up to the device's longest vector that its address is a multiple
+of."""
 
 
 @dataclass
@@ -63,9 +66,9 @@ class Call:
     """`k`, `v` -> bytes that every row's address is a multiple of."""
 
 
-def power_of_2(*multiples: int) -> int:
-    """The largest power of two, at most 16, that divides all of `multiples`."""
-    common = math.gcd(VECTOR_BYTES, *multiples)
+def power_of_2(*multiples: int, most: int = VECTOR_BYTES) -> int:
+    """The largest power of two, at most `most` (a power of two), that divides all of `multiples`."""
+    common = math.gcd(most, *multiples)
     return common & -common
 
 
@@ -210,7 +213,9 @@ class Describer:
         self.call.formats["SlotInt"] = _INTEGERS[key.slot_dtype]
         # Negative slots are padding anyway.
         padding = -1 if options.padding_slot is None else options.padding_slot
-        self.call.scalars["padding_slot"] = padding if abs(padding) < 2**63 else -1
+        if 0 <= padding < 2**63:
+            self.call.scalars["padding_slot"] = padding
+            self.constants(HAS_PADDING=1)
         # An MLA row has one scale for both of its parts.
         v_scale = key.k_scale if key.latent_dim else key.v_scale
         self.constants(K_SCALE=_SCALES[key.k_scale], V_SCALE=_SCALES[v_scale])
@@ -279,5 +284,9 @@ def mla_planes(describer: Describer) -> None:
     describer.plane("k", view(1, 0, rope), _format(pool), size, latent * size)
     given = describer.call.integers
     if key.rotary_dim == 0 and key.row_format == "model":
-        width = min(given["VK"], given["VV"])
-        describer.constants(JOINED=1, MERGED=0, VK=width, VV=width)
+        parts = (latent * size, rope * size)
+        rows = (describer.call.scalars[f"{part}_token"] * size for part in "kv")
+        sources = (describer.align(part) for part in "kv")
+        width = power_of_2(*parts, *rows, *sources, most=LONG_VECTOR_BYTES) // size
+        to = power_of_2(describer.align("v_pool"), page * size, row * size, most=LONG_VECTOR_BYTES)
+        describer.constants(JOINED=1, MERGED=0, VK=width, VV=width, V_POOL_ALIGN=to)

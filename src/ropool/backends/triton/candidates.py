@@ -26,7 +26,7 @@ def layouts(key: Key, tokens: int) -> list[Choice]:
     return [{"warps": warps, "vectors": vectors} for warps, vectors in sizes]
 
 
-def refinements(choice: Choice) -> list[Choice]:
+def refinements(key: Key, tokens: int, choice: Choice) -> list[Choice]:
     """None: two numbers say everything."""
     return []
 

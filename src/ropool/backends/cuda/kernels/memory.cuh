@@ -13,18 +13,25 @@ __device__ constexpr int at_least_1(int x) { return x < 1 ? 1 : x; }
 __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
 __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Loads of data that is used once go past L1, which then keeps the cos/sin rows. They are volatile so
-// that the compiler leaves them in front of the first use, where they were written. `LOADS` says what
-// L2 does with them: 0 as always; 1 drops them first, so that rows on their way to the pool stay and
-// are written out together; 2 brings the whole line of 128 bytes, for threads whose units are shorter.
+// Loads of data that is used once go past L1, which then keeps the cos/sin rows. With `AHEAD` they are
+// made where they are written: a plain load the compiler moves behind the branch that its value is for,
+// and so behind the slow look at position and slot. A relaxed one stays, at the price of its registers.
+// `LOADS` says what L2 does with the lines: 0 as always; 1 drops them first, so that rows on their way
+// to the pool stay and are written out together; 2 brings the whole line of 128 bytes, for threads
+// whose units are shorter.
+#if AHEAD
+#define LOAD "ld.relaxed.cta.global"
+#else
+#define LOAD "ld.global"
+#endif
 #if LOADS == 1
-#define STREAM "ld.global.L1::no_allocate.L2::cache_hint"
+#define STREAM LOAD ".L1::no_allocate.L2::cache_hint"
 #define STREAM_POLICY(n) ", %" #n
 #elif LOADS == 2
-#define STREAM "ld.global.L1::no_allocate.L2::128B"
+#define STREAM LOAD ".L1::no_allocate.L2::128B"
 #define STREAM_POLICY(n)
 #else
-#define STREAM "ld.global.L1::no_allocate"
+#define STREAM LOAD ".L1::no_allocate"
 #define STREAM_POLICY(n)
 #endif
 
@@ -36,7 +43,11 @@ DEVICE u64 dropped_first() {
 
 template <int BYTES> DEVICE void load_stream(const char* from, u32* w) {
   [[maybe_unused]] const u64 policy = dropped_first();
-  if constexpr (BYTES == 16)
+  if constexpr (BYTES == 32)  // sm_100 and later
+    asm volatile(STREAM ".v8.b32 {%0,%1,%2,%3,%4,%5,%6,%7}, [%8]" STREAM_POLICY(9) ";"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]), "=r"(w[4]), "=r"(w[5]), "=r"(w[6]), "=r"(w[7])
+                 : "l"(from), "l"(policy));
+  else if constexpr (BYTES == 16)
     asm volatile(STREAM ".v4.u32 {%0,%1,%2,%3}, [%4]" STREAM_POLICY(5) ";"
                  : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(from), "l"(policy));
   else if constexpr (BYTES == 8)
@@ -58,18 +69,18 @@ template <int BYTES, bool KEEP> DEVICE void load_cached(const char* from, u32* w
   if constexpr (BYTES == 16 && KEEP) {
     u64 policy;
     asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("ld.global.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
+    asm volatile(LOAD ".L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
                  : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(from), "l"(policy));
   } else if constexpr (BYTES == 16) {
-    asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+    asm volatile(LOAD ".v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(from));
   } else if constexpr (BYTES == 8) {
-    asm volatile("ld.global.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(from));
+    asm volatile(LOAD ".v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(from));
   } else if constexpr (BYTES == 4) {
-    asm volatile("ld.global.u32 %0, [%1];" : "=r"(w[0]) : "l"(from));
+    asm volatile(LOAD ".u32 %0, [%1];" : "=r"(w[0]) : "l"(from));
   } else {
     u16 half;
-    asm volatile("ld.global.u16 %0, [%1];" : "=h"(half) : "l"(from));
+    asm volatile(LOAD ".u16 %0, [%1];" : "=h"(half) : "l"(from));
     w[0] = half;
   }
 }
@@ -77,7 +88,11 @@ template <int BYTES, bool KEEP> DEVICE void load_cached(const char* from, u32* w
 // Write `RUN` bytes from byte `offset` of the words `w` on, in one access.
 template <int RUN> DEVICE void store_run(char* to, const u32* w, int offset) {
   const u32* from = w + offset / 4;
-  if constexpr (RUN == 16)
+  if constexpr (RUN == 32)
+    asm volatile("st.global.v8.b32 [%0], {%1,%2,%3,%4,%5,%6,%7,%8};" ::"l"(to), "r"(from[0]), "r"(from[1]),
+                 "r"(from[2]), "r"(from[3]), "r"(from[4]), "r"(from[5]), "r"(from[6]), "r"(from[7])
+                 : "memory");
+  else if constexpr (RUN == 16)
     *reinterpret_cast<uint4*>(to) = make_uint4(from[0], from[1], from[2], from[3]);
   else if constexpr (RUN == 8)
     *reinterpret_cast<uint2*>(to) = make_uint2(from[0], from[1]);

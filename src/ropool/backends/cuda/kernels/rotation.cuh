@@ -20,7 +20,7 @@ template <bool EARLY> DEVICE Place place_of(const Params& p, i64 token, bool act
 #pragma unroll
   for (int s = 0; s < STREAMS; ++s) {
     place.row[s] += offset;
-    place.valid = place.valid && place.row[s] >= 0 && place.row[s] < p.max_position;
+    place.valid = place.valid && u64(place.row[s]) < u64(p.max_position);
   }
   return place;
 }

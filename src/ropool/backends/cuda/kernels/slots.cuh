@@ -3,13 +3,12 @@
 // The slot that an entry of the slot mapping stands for, or -1: padding, or outside of the map or the
 // pool.
 DEVICE i64 slot_of(const Params& p, i64 entry) {
-  bool written = entry >= 0 && entry != p.padding_slot;
+  bool written = !HAS_PADDING || entry != p.padding_slot;
   if constexpr (HAS_WINDOW) {
-    written = written && entry < p.window_size;
+    written = written && u64(entry) < u64(p.window_size);
     if (written) entry = load_index<WindowInt, false>(p.window, entry);
-    written = written && entry >= 0;
   }
-  return written && entry < p.pool_slots ? entry : -1;
+  return written && u64(entry) < u64(p.pool_slots) ? entry : -1;
 }
 
 // Bring the entries of a token's slot into L2.

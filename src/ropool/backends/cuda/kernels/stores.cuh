@@ -24,9 +24,9 @@ DEVICE void store_floats(char* row, i64 group_stride, int dim, const float* x) {
 }
 
 // Write the two vectors of a unit to a row without groups.
-template <class F, class C, int V, int ALIGN> DEVICE void store_unit(char* row, int unit, const float (*x)[V]) {
-  store_floats<F, V, 0, ALIGN>(row, 0, C::first(unit), x[0]);
-  if (C::has_second(unit)) store_floats<F, V, 0, ALIGN>(row, 0, C::second(unit), x[1]);
+template <class F, class C, int V, int ALIGN> DEVICE void store_unit(char* row, int unit, const u32 (*w)[words<F, V>]) {
+  store_vector<F, V, 0, ALIGN>(row, 0, C::first(unit), w[0]);
+  if (C::has_second(unit)) store_vector<F, V, 0, ALIGN>(row, 0, C::second(unit), w[1]);
 }
 
 // Write one unit of a value row; `scale` is that of its head or tile.

@@ -23,6 +23,22 @@ template <class K> DEVICE void finished(const Rows<K>& rows, const RmsNorm<K>& n
   }
 }
 
+// The two vectors of one unit of a row in format `F`. Dims that are neither normalised nor turned keep
+// their bits, those of a NaN too.
+template <class F, class K> DEVICE void packed(const Rows<K>& rows, const Item& item, int u, int column,
+                                               const float (*x)[K::width], u32 (*w)[words<F, K::width>]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    pack<F, K::width>(x[half], w[half]);
+    if constexpr (same<F, Model> && !K::whole && K::Cut::passed > 0) {
+      if (K::Cut::turned == 0 || item.unit + column * K::team >= K::Cut::turned) {
+#pragma unroll
+        for (int i = 0; i < words<F, K::width>; ++i) w[half][i] = rows.w[u][column][half][i];
+      }
+    }
+  }
+}
+
 DEVICE void store_queries(const Params& p, const Item& item, const Rows<Query>& rows, const RmsNorm<Query>& norm,
                           const Angles<VQ>* angles, const float* scale) {
 #pragma unroll
@@ -40,9 +56,13 @@ DEVICE void store_queries(const Params& p, const Item& item, const Rows<Query>& 
           scale_by<VQ>(x[0], 1.0f / scale[u]);
           scale_by<VQ>(x[1], 1.0f / scale[u]);
         }
-        store_unit<QOut, Query::Cut, VQ, Q_OUT_ALIGN>(to, unit, x);
+        u32 w[2][words<QOut, VQ>];
+        packed<QOut>(rows, item, u, j, x, w);
+        store_unit<QOut, Query::Cut, VQ, Q_OUT_ALIGN>(to, unit, w);
       } else {
-        store_unit<Model, Query::Cut, VQ, VQ * Model::size>(rows.row(u), unit, x);
+        u32 w[2][words<Model, VQ>];
+        packed<Model>(rows, item, u, j, x, w);
+        store_unit<Model, Query::Cut, VQ, VQ * Model::size>(rows.row(u), unit, w);
       }
     }
   }
@@ -61,7 +81,11 @@ DEVICE void store_keys(const Params& p, const Item& item, i64 slot, const Rows<K
       float x[2][VK];
       finished(rows, norm, angles, item, u, j, x);
       if constexpr (WRITE_K) {
-        if (K_NORM || unit < Key::Cut::turned) store_unit<Model, Key::Cut, VK, VK * Model::size>(rows.row(u), unit, x);
+        if (K_NORM || unit < Key::Cut::turned) {
+          u32 w[2][words<Model, VK>];
+          packed<Model>(rows, item, u, j, x, w);
+          store_unit<Model, Key::Cut, VK, VK * Model::size>(rows.row(u), unit, w);
+        }
       }
       if constexpr (STORE) {
         if (slot < 0) continue;
@@ -70,9 +94,11 @@ DEVICE void store_keys(const Params& p, const Item& item, i64 slot, const Rows<K
           scale_by<VK>(x[0], 1.0f / scale[u]);
           scale_by<VK>(x[1], 1.0f / scale[u]);
         }
-        store_floats<KPool, VK, K_GROUP, K_POOL_ALIGN>(to, p.k_dim_group, Key::Cut::first(unit), x[0]);
+        u32 w[2][words<KPool, VK>];
+        packed<KPool>(rows, item, u, j, x, w);
+        store_vector<KPool, VK, K_GROUP, K_POOL_ALIGN>(to, p.k_dim_group, Key::Cut::first(unit), w[0]);
         if (Key::Cut::has_second(unit))
-          store_floats<KPool, VK, K_GROUP, K_POOL_ALIGN>(to, p.k_dim_group, Key::Cut::second(unit), x[1]);
+          store_vector<KPool, VK, K_GROUP, K_POOL_ALIGN>(to, p.k_dim_group, Key::Cut::second(unit), w[1]);
         if constexpr (MERGED) store_value<Key::Cut, VK>(p, slot, head, unit, values.w[u][j], value_scale[u]);
       }
     }
@@ -98,6 +124,8 @@ template <bool QUERIES, bool KEYS> DEVICE void run_turned(const Params& p, i64 f
   Place guess = {};
   Angles<Kind::width> angles[Kind::columns];
   if constexpr (EARLY) {
+    // First, since the angles wait for it.
+    if constexpr (R > 0) guess = place_of<true>(p, item.token, item.active);
     if constexpr (stores) {
       if (item.active) prefetch_slot(p, item.token);
     }
@@ -108,7 +136,6 @@ template <bool QUERIES, bool KEYS> DEVICE void run_turned(const Params& p, i64 f
     if constexpr (values_too) prefetch_constants<V_SCALE, HK, 0>(p.v_scale, nullptr, item);
     if constexpr (QUERIES) prefetch_constants<Q_SCALE, HQ, Q_NORM ? D * QNorm::size : 0>(p.q_scale, p.q_norm, item);
     if constexpr (R > 0) {
-      guess = place_of<true>(p, item.token, item.active);
       if (item.unit < Kind::Cut::turned) prefetch_angles<Kind::width>(p, guess, item.unit);
     }
   }
