@@ -137,7 +137,11 @@ struct Head {
 
     inline __attribute__((always_inline)) void passed_part() const {
         std::int64_t i = rotary_dim;
-        if (kSame<In, Out> && !Norm && src == dst) return;
+        if constexpr (kSame<In, Out> && !Norm) {
+            // Not through float32, which would change the bits of a NaN.
+            if (src != dst) __builtin_memcpy(dst + i * Out::size, src + i * In::size, (dim - i) * In::size);
+            return;
+        }
         if constexpr (blocks) {
             for (; i + kBlock <= dim; i += kBlock) output_block(i, input_block(i));
         }

@@ -20,6 +20,7 @@ from ops.grids import (
 from ropool.backends.cuda.choose import shape_of
 from ropool.backends.cuda.grid import grid_of
 from ropool.backends.cuda.launch import describe, source_of
+from ropool.backends.cuda.specialise import LONG_VECTOR_BYTES, VECTOR_BYTES
 from ropool.dispatch.key import Key, Options
 from ropool.ops._call import described
 
@@ -39,9 +40,11 @@ def bound(op: str, arguments: dict[str, Any]) -> Bound:
     return key, call.tensors, options
 
 
-def source(call: Bound, arch: str, align: int = 16) -> str:
-    """The kernel's text when every address is a multiple of `align`."""
-    described = describe(*call, lambda name: align)
+def source(call: Bound, arch: str, align: int | None = None) -> str:
+    """The kernel's text when every address is a multiple of `align`, or of the longest vector."""
+    wide = arch not in ("sm_80", "sm_90a") and call[0].op == "store_mla_"
+    longest = LONG_VECTOR_BYTES if wide else VECTOR_BYTES
+    described = describe(*call, lambda name: align or longest)
     shape = shape_of(described, arch, PROCESSORS, DEVICE)
     return source_of(described, shape, grid_of(described, shape))
 

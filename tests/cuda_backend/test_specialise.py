@@ -44,6 +44,18 @@ def test_addresses_narrow_the_vectors(align: int, width: int) -> None:
     assert (found["VQ"], found["K_POOL_ALIGN"]) == (width, align)
 
 
+@pytest.mark.parametrize(("align", "width"), [(32, 16), (16, 8), (4, 2)])
+@pytest.mark.parametrize("latent", [512, 64])
+def test_mla_rows_that_are_stored_as_they_came_take_the_longest_vectors(
+    align: int, width: int, latent: int
+) -> None:
+    mla = Case(op="store_mla_", tokens=8, head_dim=64, latent_dim=latent)
+    found = constants(mla, align)
+    assert (found["VK"], found["VV"], found["V_POOL_ALIGN"]) == (width, width, align)
+    odd = constants(replace(mla, latent_dim=24), align)
+    assert odd["VV"] == min(width, 8)  # the rope part begins 48 bytes into a row
+
+
 def test_a_dimension_of_one_element_has_no_stride_that_matters() -> None:
     q = torch.zeros(1, 4, 128, dtype=torch.bfloat16).as_strided((1, 4, 128), (7, 128, 1))
     assert constants(replace(BASE, tokens=1), q=q)["VQ"] == 8

@@ -16,7 +16,7 @@ import torch
 import ropool
 from ops.backend import BACKENDS, Backend, require
 from ops.calls import FP8, Case, altered, arguments, check, check_args
-from ops.memory import placed, strided
+from ops.memory import placed, poisoned, strided
 from oracle import expected
 
 BASE = Case(op="rope_store_kv_")
@@ -187,3 +187,40 @@ def test_expected_counts_are_not_empty() -> None:
             result.written.any() or result.arg in ("k", "k_rope")
             for result in expected(case.op, arguments(case))
         )
+
+
+# --- bits of what is only moved -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("rotary", [0, 32])
+def test_what_is_not_turned_keeps_its_bits(
+    rotary: int, dtype: torch.dtype, backend: Backend
+) -> None:
+    """A pass through arithmetic would quieten NaN and drop its payload."""
+    rng, device = np.random.default_rng(0), backend.device
+    k, v, k_pool, v_pool = (
+        poisoned(tokens * 2 * 64, dtype, rng).view(tokens, 2, 64).to(device)
+        for tokens in (5, 5, 9, 9)
+    )
+    slots = torch.tensor([3, 0, 8, 7, 2], device=device)
+    call: dict[str, Any] = {
+        "k": k,
+        "v": v,
+        "k_pool": k_pool,
+        "v_pool": v_pool,
+        "slot_mapping": slots,
+        "layout": "slots",
+        "backend": backend.name,
+    }
+    if rotary:
+        q = torch.zeros(5, 4, 64, dtype=dtype, device=device)
+        table = torch.ones(16, rotary, dtype=torch.float32, device=device)
+        positions = torch.arange(5, device=device)
+        ropool.rope_store_kv_(q=q, cos_sin_cache=table, positions=positions, **call)
+    else:
+        ropool.store_kv_(**call)
+    size = torch.empty(0, dtype=dtype).element_size()
+    words = {2: torch.int16, 4: torch.int32}[size]
+    assert torch.equal(k_pool[slots, :, rotary:].view(words), k[:, :, rotary:].view(words))
+    assert torch.equal(v_pool[slots].view(words), v.view(words))

@@ -12,7 +12,7 @@ import torch
 from ropool.backends.cuda import compile
 from ropool.backends.cuda.choose import shape_of
 from ropool.backends.cuda.grid import grid_of
-from ropool.backends.cuda.launch import describe, longest_vector, source_of
+from ropool.backends.cuda.launch import describe_aligned, source_of
 from ropool.backends.cuda.shape import LOADS, Shape, checked, possible
 from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args
@@ -29,7 +29,7 @@ LANES = (8, 12, 24, 32, 36)
 def in_force(key: Key, args: Args, options: Options, device: int) -> Choice:
     """The layout that such a call has now."""
     gpu = torch.cuda.get_device_properties(device)
-    call = describe(key, args, options, lambda name: longest_vector(key, device))
+    call = describe_aligned(key, args, options, device)
     shape = shape_of(call, f"sm_{gpu.major}{gpu.minor}", gpu.multi_processor_count, gpu.name)
     default = Shape()._asdict()
     return {
@@ -84,7 +84,7 @@ def prepare(calls: Iterable[tuple[Key, Args, Options, Choice]], device: int) -> 
     arch = f"sm_{major}{minor}"
     texts = set()
     for key, args, options, choice in calls:
-        call = describe(key, args, options, lambda name: longest_vector(key, device))
+        call = describe_aligned(key, args, options, device)
         shape = possible(checked(choice)._replace(dependent=major >= 9), call)
         texts.add(source_of(call, shape, grid_of(call, shape)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -85,6 +85,12 @@ def describe(key: Key, args: Args, options: Options, align: Callable[[str], int]
     return describer.call
 
 
+def describe_aligned(key: Key, args: Args, options: Options, device: int) -> Call:
+    """`describe` for addresses that allow the longest vectors of `device`."""
+    longest = longest_vector(key, device)
+    return describe(key, args, options, lambda _: longest)
+
+
 def source_of(call: Call, shape: Shape, grid: Grid) -> str:
     """The whole text of a specialised kernel."""
     files = ["dependent", "slots"]
@@ -143,7 +149,7 @@ def bind(key: Key, args: Args, options: Options) -> Launch:
         for tensor in args
     )
     longest = longest_vector(key, device)
-    aligned = describe(key, shapes, options, lambda _: longest)
+    aligned = describe_aligned(key, shapes, options, device)
     if aligned.scalars.get("max_position", 1) == 0:
         return lambda args: None  # every position is outside of an empty table
     tensors_of = itemgetter(*(index for _, index in aligned.pointers))

@@ -67,7 +67,7 @@ class Call:
 
 
 def power_of_2(*multiples: int, most: int = VECTOR_BYTES) -> int:
-    """The largest power of two, at most `most` (a power of two), that divides all of `multiples`."""
+    """The largest power of two that divides all of `multiples`; `most` is one and the limit."""
     common = math.gcd(most, *multiples)
     return common & -common
 
@@ -282,7 +282,6 @@ def mla_planes(describer: Describer) -> None:
     describer.keys_and_values(1, rope, key.rotary_dim, 1, latent)
     describer.plane("v", view(1, 0, latent), _format(pool), size)
     describer.plane("k", view(1, 0, rope), _format(pool), size, latent * size)
-    given = describer.call.integers
     if key.rotary_dim == 0 and key.row_format == "model":
         parts = (latent * size, rope * size)
         rows = (describer.call.scalars[f"{part}_token"] * size for part in "kv")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ropool.backends.reference.rotate import gather_cos_sin, normalise, rotate, token_positions
@@ -72,17 +73,20 @@ def rope_store_kv_(
     cos, sin = gather_cos_sin(cos_sin_cache, where[..., tokens], section, mrope_interleaved)
     query = rotate(normalise(q[tokens].float(), q_norm_weight, norm_eps), cos, sin, interleaved)
     key = rotate(normalise(k[tokens].float(), k_norm_weight, norm_eps), cos, sin, interleaved)
-    _store_kv(
-        key, v[tokens].float(), k_pool, v_pool, slot_mapping[tokens],
-        KVLayout(layout), k_scale, v_scale, window_slot_map, padding_slot,
-    )  # fmt: skip
     rotary_dim = cos_sin_cache.shape[1]
+    q_changed = rotary_dim if q_norm_weight is None else q.shape[2]
+    k_changed = rotary_dim if k_norm_weight is None else k.shape[2]
+    _store_kv(
+        _rounded(key, k[tokens], k_changed, k_pool.dtype), v[tokens], k_pool, v_pool,
+        slot_mapping[tokens], KVLayout(layout), k_scale, v_scale, window_slot_map, padding_slot,
+    )  # fmt: skip
     if q_out is None:
-        _write_back(q, tokens, query, rotary_dim if q_norm_weight is None else q.shape[2])
+        _write_back(q, tokens, query, q_changed)
     else:
+        query = _rounded(query, q[tokens], q_changed, q_out.dtype)
         _write_query(q_out, q_scale, tokens, query)
     if write_k:
-        _write_back(k, tokens, key, rotary_dim if k_norm_weight is None else k.shape[2])
+        _write_back(k, tokens, key, k_changed)
 
 
 def store_kv_(
@@ -101,7 +105,7 @@ def store_kv_(
 ) -> None:
     """See `ropool.store_kv_`."""
     _store_kv(
-        k.float(), v.float(), k_pool, v_pool, slot_mapping,
+        k, v, k_pool, v_pool, slot_mapping,
         KVLayout(layout), k_scale, v_scale, window_slot_map, padding_slot,
     )  # fmt: skip
 
@@ -120,7 +124,7 @@ def store_mla_(
     """See `ropool.store_mla_`."""
     slots = pool.shape[:-1].numel()
     written, slot = writable_slots(slot_mapping, slots, window_slot_map, padding_slot)
-    write_mla_rows(pool, slot[written], k_nope[written].float(), k_rope[written].float(), scale)
+    write_mla_rows(pool, slot[written], k_nope[written], k_rope[written], scale)
 
 
 def rope_store_mla_(
@@ -152,7 +156,8 @@ def rope_store_mla_(
     key = rotate(k_rope[tokens].float().unsqueeze(1), cos, sin, interleaved).squeeze(1)
     slots = pool.shape[:-1].numel()
     written, slot = writable_slots(slot_mapping[tokens], slots, window_slot_map, padding_slot)
-    write_mla_rows(pool, slot[written], k_nope[tokens][written].float(), key[written], scale)
+    row = _rounded(key, k_rope[tokens], k_rope.shape[1], pool.dtype)
+    write_mla_rows(pool, slot[written], k_nope[tokens][written], row[written], scale)
     if q_out is None:
         _write_back(q_rope, tokens, query, q_rope.shape[2])
     else:
@@ -173,7 +178,7 @@ def _store_kv(
     window_slot_map: Tensor | None,
     padding_slot: int | None,
 ) -> None:
-    """Write float32 heads `[n, Hk, D]` to their slots."""
+    """Write heads `[n, Hk, D]`, in the pool's dtype or not yet rounded, to their slots."""
     view = plane_view(layout, "k", k_pool.shape, k_pool.stride())
     slots = view.pages * view.page_size
     written, slot = writable_slots(slot_mapping, slots, window_slot_map, padding_slot)
@@ -184,8 +189,16 @@ def _store_kv(
         )
 
 
+def _rounded(values: Tensor, heads: Tensor, changed: int, dtype: torch.dtype) -> Tensor:
+    """float32 `values` of `heads` as they are stored in `dtype`: in that of `heads`, where only the
+    first `changed` dims are rounded and the others keep their bits, those of a NaN too."""
+    if dtype != heads.dtype:
+        return values
+    return torch.cat((values[..., :changed].to(dtype), heads[..., changed:]), dim=-1)
+
+
 def _write_query(q_out: Tensor, q_scale: Tensor | None, tokens: Tensor, query: Tensor) -> None:
-    """Write float32 queries `[n, Hq, D]` to their tokens of `q_out`."""
+    """Write queries `[n, Hq, D]` to their tokens of `q_out`."""
     bits(q_out)[tokens] = bits(to_storage(query, q_out.dtype, q_scale))
 
 

@@ -34,10 +34,11 @@ def writable_slots(
 
 
 def to_storage(x: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
-    """Round float32 heads `[n, H, D]` once. fp8 is divided by the scale and saturated, NaN stays
-    NaN; the clamp is explicit because PyTorch's own cast has not always saturated."""
+    """Round heads `[n, H, D]` once. fp8 is divided by the scale and saturated, NaN stays NaN; the
+    clamp is explicit because PyTorch's own cast has not always saturated."""
     if dtype not in FP8_MAX:
         return x.to(dtype)
+    x = x.float()
     if scale is not None:
         x = x / scale.reshape(-1, 1)
     return x.clamp(-FP8_MAX[dtype], FP8_MAX[dtype]).to(dtype)
@@ -79,9 +80,9 @@ def write_plane(pool: Tensor, part: str, layout: KVLayout, slots: Tensor, heads:
 def write_mla_rows(
     pool: Tensor, slots: Tensor, latent: Tensor, rope: Tensor, scale: Tensor | None
 ) -> None:
-    """Write float32 parts `[n, L]` and `[n, R]` to distinct slots as rows of the pool's format."""
+    """Write parts `[n, L]` and `[n, R]` to distinct slots as rows of the pool's format."""
     if pool.dtype == torch.uint8:
-        rows = packed_rows(latent, rope)
+        rows = packed_rows(latent.float(), rope)
     else:
         rows = bits(to_storage(torch.cat((latent, rope), dim=-1), pool.dtype, scale))
     pool = bits(pool)
