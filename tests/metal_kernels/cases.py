@@ -21,12 +21,15 @@ DIMS = (
         (2, 2),
         (60, 36),
         (20, 8),
+        (20, 20),
         (36, 16),
         (576, 64),
     ),
 )
 HEADS = ((9, 3), (1, 1), (4, 1), (5, 5), (14, 2), (32, 8), (3, 3))
 POSITIONS = (0, 1, 2, 17, 4095, 131071, 1000003, 2**24 - 1)
+PER_THREAD = (0, 1, 2, 3, 8)
+"""Heads a thread; 0: what the host would choose."""
 LAST = 300
 """Rows of the cos/sin tables."""
 
@@ -91,7 +94,7 @@ def random_call(kernel: str, dtype: torch.dtype, rng: random.Random) -> Call:
     shape = Shape(tokens, heads_q, heads_kv, head_dim, rotary_dim, rng.random() < 0.5)
     if kernel == "kv_to_pool":
         shape.heads_q, shape.rotary_dim, source = 0, 0, 3
-    per_thread = rng.choice((0, 0, 1, 2, 3, 8))
+    per_thread = rng.choice(PER_THREAD)
     factor = rng.choice((1.0, 1.0, 0.5, 1.1902380714238083))
     return Call(kernel, shape, tensors, slots, source, factor, per_thread=per_thread)
 

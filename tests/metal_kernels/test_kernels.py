@@ -8,12 +8,13 @@ import random
 import re
 import subprocess
 import sys
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
 import torch
 
-from metal_kernels.cases import check, random_call
+from metal_kernels.cases import PER_THREAD, check, random_call
 from metal_kernels.compiler import METAL
 from metal_kernels.cross_compile import check_kernels
 from metal_kernels.harness import DTYPES, KERNELS, Shape, run, width_of
@@ -23,15 +24,40 @@ from ops.test_large_addresses import Space
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_random_calls(lib: ctypes.CDLL, kernel: str, dtype: torch.dtype) -> None:
+    """Until every value of each facet has met every value of each other one."""
     rng = random.Random(f"{kernel} {dtype}")
-    widths = set()
-    for _ in range(80):
+    rotates = kernel != "kv_to_pool"
+    values: dict[str, tuple[int, ...]] = {
+        "width": (1, 2, 4),
+        "heads a thread": PER_THREAD,
+        "interleaved": (0, 1),
+        "partial": (0, 1) if rotates else (1,),
+        "source": (0, 1, 2) if rotates else (3,),
+        "odd number of KV heads": (0, 1),
+        "negative slot": (0, 1),
+        "slot past the end": (0, 1),
+    }
+    left = {
+        (*names, *pair)
+        for names in combinations(values, 2)
+        for pair in product(*(values[name] for name in names))
+    }
+    for number in range(400):
+        if number >= 80 and not left:
+            break
         call = random_call(kernel, dtype, rng)
         before = {name: tensor.clone() for name, tensor in call.tensors.items()}
-        widths.add(width_of(lib, call))
+        shape, slots = call.shape, before["slots"]
+        found = (
+            *(width_of(lib, call), call.per_thread, int(shape.interleaved)),
+            *(int(shape.rotary_dim < shape.head_dim), call.source, shape.heads_kv % 2),
+            *(int((slots < 0).any()), int((slots >= call.slots).any())),
+        )
+        seen = combinations(zip(values, found, strict=True), 2)
+        left -= {(a, b, first, second) for (a, first), (b, second) in seen}
         assert run(lib, call) == 0
         check(call, before)
-    assert widths == {1, 2, 4}
+    assert not left
 
 
 @pytest.mark.parametrize("width", [1, 2, 4])
