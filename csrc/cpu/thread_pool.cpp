@@ -170,7 +170,8 @@ void install_fork_handler() {
 void use_own_threads() { own_threads.store(true, std::memory_order_relaxed); }
 
 void parallel_for(std::int64_t units, std::int64_t grain, int threads, RangeFn range, void* context) {
-    threads = std::min(threads, usable_processors());
+    // The processors are counted, by a call of the system, only where more than one could be used.
+    if (threads > 1 && units > grain) threads = std::min(threads, usable_processors());
     if (threads <= 1 || units <= grain) {
         range(context, 0, units);
         return;

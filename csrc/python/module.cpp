@@ -1,5 +1,5 @@
 // ropool._cpu: the Python face of the cpu kernels. It knows neither torch's headers nor its ABI: a tensor is any
-// object with a data_ptr() method. Only what the limited API of Python 3.12 has is called.
+// object with a data_ptr() method, or its address that ropool._eager has read. Only what the limited API of Python 3.12 has is called.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -10,6 +10,7 @@
 #include "../cpu/isa.hpp"
 #include "../cpu/plan.hpp"
 #include "../cpu/thread_pool.hpp"
+#include "native.hpp"
 
 namespace nb = nanobind;
 using namespace ropool::cpu;
@@ -54,11 +55,13 @@ std::byte** pointer_named(Pointers& pointers, const std::string& name) {
     throw std::invalid_argument("ropool._cpu: no operand named " + name);
 }
 
-// A plan that finds its addresses in the argument tuple of an op.
+// A plan, and where in the arguments of an op its addresses are.
 class Launch {
 public:
-    // `operands`: (index in the argument tuple, member of Pointers, bytes added to the address).
-    Launch(const Call& call, const std::vector<nb::tuple>& operands) : plan_(call), data_ptr_(nb::steal(PyUnicode_InternFromString("data_ptr"))) {
+    // `operands`: (index in the argument tuple, member of Pointers, bytes added to the address). `threads`: asked in
+    // each call that is worth threads, for how many.
+    Launch(const Call& call, const std::vector<nb::tuple>& operands, nb::object threads)
+        : plan_(call), threads_(std::move(threads)), data_ptr_(nb::steal(PyUnicode_InternFromString("data_ptr"))) {
         Pointers layout;
         for (const nb::tuple& operand : operands) {
             std::byte** member = pointer_named(layout, nb::cast<std::string>(operand[1]));
@@ -68,9 +71,13 @@ public:
         }
     }
 
-    bool threaded() const { return plan_.threaded(); }
+    // On a tuple of tensors.
+    void call(const nb::tuple& args) const {
+        if (start(found(args)) != ropool::NativeLaunch::done) throw nb::python_error();
+    }
 
-    void run(const nb::tuple& args, int threads) const {
+    // The addresses in a tuple of tensors.
+    Pointers found(const nb::tuple& args) const {
         Pointers pointers;
         for (const Operand& operand : operands_) {
             if (operand.index >= PyTuple_Size(args.ptr())) throw nb::index_error("ropool._cpu: too few arguments");
@@ -83,16 +90,28 @@ public:
             if (value == 0) {
                 throw std::runtime_error("ropool: " + operand.name + " has no memory: its storage was freed");
             }
-            auto* target = reinterpret_cast<std::byte**>(reinterpret_cast<std::byte*>(&pointers) + operand.member);
-            *target = reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(value)) + operand.offset;
+            operand.set(pointers, reinterpret_cast<std::byte*>(static_cast<std::uintptr_t>(value)));
         }
+        return pointers;
+    }
+
+    ropool::NativeLaunch::Result start(const Pointers& pointers) const {
         if (!plan_.threaded()) {
             plan_.run(pointers, 1);
-            return;
+            return ropool::NativeLaunch::done;
         }
-        const nb::gil_scoped_release release;
-        plan_.run(pointers, threads);
+        PyObject* answer = PyObject_CallNoArgs(threads_.ptr());
+        if (answer == nullptr) return ropool::NativeLaunch::failed;
+        const long threads = PyLong_AsLong(answer);
+        Py_DECREF(answer);
+        if (threads == -1 && PyErr_Occurred() != nullptr) return ropool::NativeLaunch::failed;
+        PyThreadState* state = PyEval_SaveThread();
+        plan_.run(pointers, static_cast<int>(threads));
+        PyEval_RestoreThread(state);
+        return ropool::NativeLaunch::done;
     }
+
+    const ropool::NativeLaunch* native() const { return &native_; }
 
 private:
     struct Operand {
@@ -100,12 +119,44 @@ private:
         std::size_t member;
         std::int64_t offset;
         std::string name;
+
+        void set(Pointers& pointers, std::byte* address) const {
+            *reinterpret_cast<std::byte**>(reinterpret_cast<std::byte*>(&pointers) + member) = address + offset;
+        }
     };
 
+    static ropool::NativeLaunch::Result run_native(const void* self, void* const* addresses) {
+        const Launch& launch = *static_cast<const Launch*>(self);
+        Pointers pointers;
+        for (const Operand& operand : launch.operands_) {
+            void* address = addresses[operand.index];
+            if (address == nullptr) return ropool::NativeLaunch::refused;
+            operand.set(pointers, static_cast<std::byte*>(address));
+        }
+        return launch.start(pointers);
+    }
+
     Plan plan_;
+    nb::object threads_;
     nb::object data_ptr_;
     std::vector<Operand> operands_;
+    ropool::NativeLaunch native_ = {run_native, this};
 };
+
+// A launch with its addresses.
+struct Frozen {
+    nb::object launch;
+    Pointers pointers;
+};
+
+PyObject* call_frozen(PyObject* self, PyObject*) {
+    const Frozen* frozen = nb::inst_ptr<Frozen>(self);
+    const nb::object launch = frozen->launch;
+    if (nb::inst_ptr<Launch>(launch)->start(frozen->pointers) != ropool::NativeLaunch::done) return nullptr;
+    Py_RETURN_NONE;
+}
+
+PyMethodDef frozen_definition = {"launch", call_frozen, METH_NOARGS, nullptr};
 
 }  // namespace
 
@@ -188,10 +239,25 @@ NB_MODULE(_cpu, m) {
         .def("set_q_norm", [](Call& call, const std::string& dtype) { call.q_norm = dtype_from(dtype); })
         .def("set_k_norm", [](Call& call, const std::string& dtype) { call.k_norm = dtype_from(dtype); });
 
+    nb::class_<Frozen>(m, "Frozen");
     nb::class_<Launch>(m, "Launch")
-        .def(nb::init<const Call&, const std::vector<nb::tuple>&>(), nb::arg("call"), nb::arg("operands"))
-        .def_prop_ro("threaded", &Launch::threaded)
-        .def("run", &Launch::run, nb::arg("args"), nb::arg("threads") = 1);
+        .def(nb::init<const Call&, const std::vector<nb::tuple>&, nb::object>(), nb::arg("call"), nb::arg("operands"),
+             nb::arg("threads"))
+        .def("__call__", &Launch::call, nb::arg("args"))
+        .def("freeze",
+             [](nb::handle self, const nb::tuple& args) {
+                 const nb::object frozen = nb::cast(Frozen{nb::borrow(self), nb::inst_ptr<Launch>(self)->found(args)});
+                 PyObject* function = PyCFunction_NewEx(&frozen_definition, frozen.ptr(), nullptr);
+                 if (function == nullptr) throw nb::python_error();
+                 return nb::steal(function);
+             },
+             nb::arg("args"))
+        .def_prop_ro("native", [](const Launch& self) {
+            PyObject* capsule =
+                PyCapsule_New(const_cast<ropool::NativeLaunch*>(self.native()), ropool::kNativeLaunch, nullptr);
+            if (capsule == nullptr) throw nb::python_error();
+            return nb::steal(capsule);
+        });
 
     m.def("isa", [] {
         const IsaReport& report = isa_report();

@@ -14,6 +14,7 @@ import ropool
 from ropool.dispatch import cache, settings
 from ropool.errors import RopoolError
 from ropool.ops import rope_store_kv
+from ropool.ops._call import described
 
 HEADS = (1, 1, 8)
 CALLS = 2000
@@ -27,12 +28,17 @@ class Overhead:
     kernel: str
     total_us: float
     """The public function."""
+    python_us: float
+    """From Python to the public function and back. Without compiled code the definition of the op
+    runs: then all of the stages but the last stand here, and are 0 below."""
     arguments_us: float
-    """Packing the arguments, and asking whether PyTorch has to see the call."""
+    """Sorting the arguments."""
+    modes_us: float
+    """Asking whether PyTorch has to see the call."""
     signature_us: float
-    """Reading shapes, strides and dtypes into the signature of the call."""
+    """Reading options, shapes, strides, dtypes and addresses."""
     look_up_us: float
-    """Hashing the signature and finding its launch."""
+    """Finding the launch."""
     launch_us: float
     """The launch: from dispatch to the kernel and back, the kernel's work included."""
     launch_is: str
@@ -46,7 +52,9 @@ class Overhead:
         """For a terminal."""
         found = asdict(self)
         parts = {
-            "arguments, torch's modes": "arguments_us",
+            "from Python and back": "python_us",
+            "arguments": "arguments_us",
+            "PyTorch's modes": "modes_us",
             "signature": "signature_us",
             "look-up": "look_up_us",
             f"launch and kernel ({self.launch_is})": "launch_us",
@@ -65,8 +73,8 @@ def overhead(device: torch.device) -> Overhead:
     """Measure on `device`, with the kernel that dispatch chooses. On a GPU the host's time counts:
     its kernels are over before the next call.
 
-    Each stage is timed on its own, from the inside out, and what a stage adds is the difference to
-    the one inside it. Raises `RopoolError` for settings under which a call does other things.
+    Compiled code times each stage on its own; what they do not account for is Python's. Raises
+    `RopoolError` for settings under which a call does other things.
     """
     if settings.current().check:
         raise RopoolError("bench: --overhead measures calls without checks; unset ROPOOL_CHECK")
@@ -78,33 +86,40 @@ def overhead(device: torch.device) -> Overhead:
     index = torch.tensor([3], device=device)
     args = (q, k, v, k_pool, v_pool, table, index, index)
 
+    op = rope_store_kv.OP
+    tensors = (*args, *[None] * (len(op.tensors) - len(args)))
+    options = described("bench", op.name, args, {}).options
+
     def public() -> None:
         ropool.rope_store_kv_(*args)
 
     with torch.no_grad():
         cache.clear()
         public()
-        [(signature, launch)] = cache.launches.items()
-        tensors = (*args, *[None] * (len(rope_store_kv.OP.tensors) - len(args)))
-        options: tuple[object, ...] = signature[2]  # type: ignore[index]
-        run, launches = rope_store_kv.OP._run, cache.launches
+        launch = op.launches.find(tensors, options, None)
+        assert launch is not None
         a, b, c = torch.randn(3, 1, device=device).unbind()
-        total, inside, found, launched, planned, add = medians(
+        total, launched, planned, add = medians(
             public,
-            lambda: run(tensors, options, None),
-            lambda: launches.get(signature),
             lambda: launch(tensors),
             ropool.plan("rope_store_kv_", *args),
             lambda: torch.add(a, b, out=c),
         )
+        stages = [0.0, 0.0, 0.0, 0.0, launched]
+        if op.entry is not None:
+            samples = [op.entry.stages(args, {}, CALLS) for _ in range(SAMPLES)]
+            stages = [statistics.median(sample) / 1e3 for sample in zip(*samples, strict=True)]
+    arguments, modes, signature, look_up, launched = stages
     return Overhead(
-        kernel=cache.chosen["rope_store_kv_"],
+        kernel=cache.chosen[op.name],
         total_us=total,
-        arguments_us=total - inside,
-        signature_us=inside - found - launched,
-        look_up_us=found,
+        python_us=total - sum(stages),
+        arguments_us=arguments,
+        modes_us=modes,
+        signature_us=signature,
+        look_up_us=look_up,
         launch_us=launched,
-        launch_is="Python" if hasattr(launch, "__code__") else "native",
+        launch_is="native" if hasattr(launch, "native") else "Python",
         plan_us=planned,
         add_us=add,
     )

@@ -1,4 +1,4 @@
-"""What has been decided in this process, so that a repeated call costs one dictionary look-up.
+"""What has been decided in this process, so that a repeated call costs one look-up.
 
 Everything here follows from a call's metadata and the settings; it is dropped when a kernel is
 registered or a setting changes.
@@ -7,29 +7,46 @@ registered or a setting changes.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
-
-from ropool.dispatch.spec import Launch
+from typing import Any, Protocol
 
 LAUNCH_LIMIT = 4096
-"""Bound launches kept; each prefill length adds one, so a long-lived server must not keep them all.
-"""
+"""Bound launches kept of an op; each prefill length adds one, so a long-lived server must not keep
+them all."""
 
-launches: dict[Hashable, Launch] = {}
+
+class Table(Protocol):
+    """Remembers the launches of an op."""
+
+    def clear(self) -> None: ...
+
+    def __len__(self) -> int: ...
+
+
 selections: dict[Hashable, Any] = {}
 chosen: dict[str, str] = {}
 """op -> label of the kernel that the last bound call of it got."""
+_tables: list[Table] = []
 
 
-def keep(signature: Hashable, launch: Launch) -> None:
-    """Remember a launch for later calls with the same signature."""
-    if len(launches) >= LAUNCH_LIMIT:
-        launches.clear()
-    launches[signature] = launch
+def remember(table: Table) -> None:
+    """Clear `table` too when decisions are forgotten."""
+    _tables.append(table)
+
+
+def make_room(table: Table) -> None:
+    """Keep `table` within the limit when one more launch comes."""
+    if len(table) >= LAUNCH_LIMIT:
+        table.clear()
+
+
+def launches() -> int:
+    """How many launches are remembered, of all ops."""
+    return sum(map(len, _tables))
 
 
 def clear() -> None:
     """Forget every decision."""
-    launches.clear()
+    for table in _tables:
+        table.clear()
     selections.clear()
     chosen.clear()

@@ -1,8 +1,9 @@
 """The way from a public function to a kernel, the same for every op.
 
-An eager call costs one dictionary look-up: everything that can be decided from metadata
-(validation, the key, the kernel, its bound launch) is decided on the first call with a given
-signature and remembered. A call that PyTorch has to see (compilation, fake tensors, tracing,
+An eager call costs one look-up: everything that can be decided from metadata (validation, the key,
+the kernel, its bound launch) is decided on the first call with given options and metadata, and
+remembered. Compiled code makes that look-up and starts the launch (`ropool.ops._eager`); what it
+does not find comes here. A call that PyTorch has to see (compilation, fake tensors, tracing,
 profiling) goes through the registered torch op, whose kernel is the same path.
 """
 
@@ -21,16 +22,13 @@ from ropool.dispatch.settings import current
 from ropool.dispatch.spec import Args, Device, Launch, load
 from ropool.layouts import KVLayout
 from ropool.ops._device import device_of
-from ropool.ops._signature import metadata
+from ropool.ops._eager import MODES, connect
+from ropool.ops._launches import launches
 from ropool.ops._validate import wrong_option
 
 _LIBRARY = torch.library.Library("ropool", "DEF")
 
 _is_compiling = torch.compiler.is_compiling
-_modes = torch._C._len_torch_dispatch_stack
-_profiling = torch._C._autograd._profiler_enabled
-_tracing = torch._C._get_tracing_state
-_transforms = torch._C._functorch.peek_interpreter_stack
 _grad_enabled = torch.is_grad_enabled
 
 
@@ -58,8 +56,8 @@ def hashable(value: Any) -> Any:
 
 
 class Op:
-    """One op: its name, its tensors in the order in which kernels get them, and how a call is
-    validated and keyed.
+    """One op: its name, its public function, its tensors in the order in which kernels get them,
+    and how a call is validated and keyed.
 
     `tensors` names them, optional ones with a `?` behind; the first has a row a token. `key(args,
     options)` validates a call and returns its `Key`; `check(args, options)` does the checks of
@@ -70,6 +68,7 @@ class Op:
     def __init__(
         self,
         name: str,
+        function: Callable[..., None],
         *,
         tensors: tuple[str, ...],
         options: tuple[str, ...],
@@ -83,6 +82,10 @@ class Op:
         self.option_names = options
         self._key = key
         self._check = check
+        self.launches = launches(len(tensors), len(options))
+        cache.remember(self.launches)
+        self.entry = connect(function, self.launches, (*self.tensors, *options, "backend"))
+        """The compiled way of the public function, `None` without one."""
         for overload, schema in schemas.items():
             qualified = f"{name}.{overload}" if overload else name
             _LIBRARY.define(qualified + " ".join(schema.split()))
@@ -112,23 +115,15 @@ class Op:
                 and isinstance(first, Tensor)
                 and type(first) is not torch.nn.Parameter
             )
-            or _modes()
-            or _profiling()
-            or _transforms() is not None
-            or _tracing() is not None
+            or any(mode() for mode in MODES)
         )
 
     def _run(self, args: Args, options: tuple[Any, ...], backend: str | None) -> None:
-        try:
-            signature = (self.name, backend, options, metadata(args), self._needing_grad(args))
-            launch = cache.launches.get(signature)
-        except (AttributeError, BufferError, RuntimeError, TypeError, ValueError):
-            # No tensor, a tensor of an unusual kind, an unhashable option: validation says which.
-            launch = signature = None
+        launch = self.launches.find(args, options, backend)
         if launch is None:
             _, launch = self.bind(args, options, backend)
-            if signature is not None:
-                cache.keep(signature, launch)
+            cache.make_room(self.launches)
+            self.launches.keep(args, options, backend, launch)
         launch(args)
 
     def _below_autograd(self, registered: Callable[..., None]) -> Callable[..., None]:

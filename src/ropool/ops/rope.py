@@ -9,6 +9,7 @@ from torch import Tensor
 from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args
 from ropool.ops._check import check_positions
+from ropool.ops._eager import eager
 from ropool.ops._op import Op, hashable
 from ropool.ops._validate import Checker, dtype_name, optional_dtype
 
@@ -17,6 +18,7 @@ mrope_section,
     bool mrope_interleaved, str? backend) -> ()"""
 
 
+@eager
 def rope_(
     q: Tensor,
     k: Tensor | None,
@@ -96,6 +98,7 @@ def _check(args: Args, options: Options) -> None:
 
 OP = Op(
     "rope_",
+    rope_,
     tensors=("q", "k?", "cos_sin_cache", "positions", "offsets?"),
     options=("interleaved", "mrope_section", "mrope_interleaved"),
     schemas={"": f"(Tensor(a!) q, Tensor(b!)? k, {_ARGUMENTS}"},

@@ -10,6 +10,7 @@ from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args
 from ropool.layouts import KVLayout
 from ropool.ops._check import check_positions, check_slots
+from ropool.ops._eager import eager
 from ropool.ops._op import OVERLOADS, Op, hashable, overload_of
 from ropool.ops._validate import Checker, dtype_name, optional_dtype, pool_slots, scale_kind
 
@@ -23,6 +24,7 @@ cos_sin_cache,
     str? backend) -> ()"""
 
 
+@eager
 def rope_store_kv_(
     q: Tensor,
     k: Tensor,
@@ -201,6 +203,7 @@ def _check(args: Args, options: Options) -> None:
 
 OP = Op(
     "rope_store_kv_",
+    rope_store_kv_,
     tensors=(
         "q",
         "k",

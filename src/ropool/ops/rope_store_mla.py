@@ -9,6 +9,7 @@ from torch import Tensor
 from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args
 from ropool.ops._check import check_positions, check_slots
+from ropool.ops._eager import eager
 from ropool.ops._op import OVERLOADS, Op, hashable, overload_of
 from ropool.ops._validate import Checker, dtype_name, optional_dtype, scale_kind
 
@@ -20,6 +21,7 @@ cos_sin_cache, Tensor positions,
     str? backend) -> ()"""
 
 
+@eager
 def rope_store_mla_(
     q_rope: Tensor,
     k_nope: Tensor,
@@ -151,6 +153,7 @@ def _check(args: Args, options: Options) -> None:
 
 OP = Op(
     "rope_store_mla_",
+    rope_store_mla_,
     tensors=(
         "q_rope",
         "k_nope",

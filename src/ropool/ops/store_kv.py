@@ -8,10 +8,12 @@ from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args
 from ropool.layouts import KVLayout
 from ropool.ops._check import check_slots
+from ropool.ops._eager import eager
 from ropool.ops._op import Op
 from ropool.ops._validate import Checker, dtype_name, optional_dtype, pool_slots, scale_kind
 
 
+@eager
 def store_kv_(
     k: Tensor,
     v: Tensor,
@@ -91,6 +93,7 @@ def _check(args: Args, options: Options) -> None:
 
 OP = Op(
     "store_kv_",
+    store_kv_,
     tensors=(
         "k",
         "v",

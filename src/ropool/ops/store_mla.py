@@ -7,10 +7,12 @@ from torch import Tensor
 from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args
 from ropool.ops._check import check_slots
+from ropool.ops._eager import eager
 from ropool.ops._op import Op
 from ropool.ops._validate import Checker, dtype_name, optional_dtype, scale_kind
 
 
+@eager
 def store_mla_(
     k_nope: Tensor,
     k_rope: Tensor,
@@ -82,6 +84,7 @@ def _check(args: Args, options: Options) -> None:
 
 OP = Op(
     "store_mla_",
+    store_mla_,
     tensors=("k_nope", "k_rope", "pool", "slot_mapping", "scale?", "window_slot_map?"),
     options=("padding_slot",),
     schemas={

@@ -1,5 +1,5 @@
 """Binds a call of each op to the C++ kernels: everything static goes into a native plan once, and a
-launch passes the argument tuple on, from which the plan takes nothing but addresses."""
+launch takes nothing but addresses from its arguments."""
 
 from __future__ import annotations
 
@@ -99,15 +99,8 @@ def _launch(
 ) -> Launch:
     operands = [(index, name, 0) for index, name in enumerate(names) if name is not None]
     # Nothing is read of an empty tensor, and it may have no address; every other must have one.
-    plan = _cpu.Launch(call, [part for part in (*operands, *extra) if _has_elements(args[part[0]])])
-    if not plan.threaded:
-        return plan.run
-    threads = torch.get_num_threads
-
-    def launch(args: Args) -> None:
-        plan.run(args, threads())
-
-    return launch
+    given = [part for part in (*operands, *extra) if _has_elements(args[part[0]])]
+    return _cpu.Launch(call, given, torch.get_num_threads)
 
 
 def _has_elements(tensor: Tensor | None) -> bool:
