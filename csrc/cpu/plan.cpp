@@ -92,6 +92,10 @@ Plan::Plan(Call call) : call_(std::move(call)), kernels_(kernels()) {
     const std::int64_t token_bytes = std::max<std::int64_t>(1, read + row_bytes(call_.q) + stored);
     threaded_ = token_bytes * call_.tokens >= kThreadedBytes;
     stream_ = stored * call_.tokens >= kStreamBytes;
+    if (!threaded_) {
+        grain_ = std::max<std::int64_t>(1, call_.tokens);
+        return;
+    }
     // Few wide tokens: cut between heads too, so that every thread has some.
     const std::int64_t most_parts = std::max<std::int64_t>(1, std::max(call_.k.heads, call_.q.heads));
     const std::int64_t piece_bytes =

@@ -106,6 +106,7 @@ public:
         const std::int64_t ahead = stream_k_ ? 2 * kAhead : kAhead;
         const std::int64_t first = begin / plan_.parts_;
         const std::int64_t last = (end - 1) / plan_.parts_;
+        announce_first(first);
         for (std::int64_t t = first + 1; t < first + ahead && t <= last; ++t) announce(t);
         for (std::int64_t unit = begin; unit < end; ++unit) {
             const std::int64_t t = unit / plan_.parts_;
@@ -143,6 +144,20 @@ private:
         const std::int64_t slot = plan_.slots_ > 0 ? find_slot(t) : -1;
         if (call_.k.heads > 0) move_k(t, slot, share(call_.k.heads, part));
         if (call_.v.heads > 0 && slot >= 0) move_v(t, slot, share(call_.v.heads, part));
+    }
+
+    // The first token has none before it that would hide the wait for its rows: all are asked for at once.
+    void announce_first(std::int64_t t) const {
+        if (call_.q.heads > 0) announce_heads(call_.q, at_.q, t);
+        announce(t);
+        if (call_.k.heads > 0) announce_heads(call_.k, at_.k, t);
+        if (call_.v.heads > 0) announce_heads(call_.v, at_.v, t);
+    }
+
+    static void announce_heads(const Rows& rows, const std::byte* base, std::int64_t t) {
+        const std::byte* row = base + t * rows.token_stride;
+        const std::int64_t bytes = rows.dim * size_of(rows.dtype);
+        for (std::int64_t h = 0; h < rows.heads; ++h) prefetch<false>(row + h * rows.head_stride, bytes);
     }
 
     // Positions and slots jump about: the pages of a row (and the lines, unless they are streamed past the caches) are

@@ -71,6 +71,9 @@ public:
         }
     }
 
+    Launch(const Launch&) = delete;
+    Launch& operator=(const Launch&) = delete;
+
     // On a tuple of tensors.
     void call(const nb::tuple& args) const {
         if (start(found(args)) != ropool::NativeLaunch::done) throw nb::python_error();
@@ -162,6 +165,7 @@ PyMethodDef frozen_definition = {"launch", call_frozen, METH_NOARGS, nullptr};
 
 NB_MODULE(_cpu, m) {
     install_fork_handler();
+    nb::set_leak_warnings(false);  // launches that are remembered live as long as the process
 
     nb::class_<Rows>(m, "Rows").def(
         "__init__",
