@@ -5,10 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
 
 import ropool
 from ropool import dispatch
@@ -71,38 +69,41 @@ def ropool_provider(backend: str) -> Provider:
 
 def ropool_call(backend: str, workload: Workload) -> Call:
     """The op itself on `backend`, which runs or raises."""
-    pairs, norm = workload.interleaved, workload.norm
-
-    def pool_scale(x: Inputs) -> Tensor | None:
-        return x.scale if workload.fp8 else None
-
-    def query(x: Inputs) -> dict[str, Any]:
-        return {"q_out": x.q_out, "q_scale": x.scale} if workload.q_dtype else {}
+    pairs, norm, fp8, out = (
+        workload.interleaved,
+        workload.norm,
+        workload.fp8,
+        bool(workload.q_dtype),
+    )
 
     def rope(x: Inputs) -> None:
         ropool.rope_(x.q, x.k, x.table, x.positions, interleaved=pairs, backend=backend)
 
     def rope_store_kv(x: Inputs) -> None:
+        scale = x.scale if fp8 else None
         ropool.rope_store_kv_(
             x.q, x.k, x.v, x.k_pool, x.v_pool, x.table, x.positions, x.slots,
-            interleaved=pairs, k_scale=pool_scale(x), v_scale=pool_scale(x), backend=backend,
+            interleaved=pairs, k_scale=scale, v_scale=scale, backend=backend,
             q_norm_weight=x.q_norm if norm else None, k_norm_weight=x.k_norm if norm else None,
-            norm_eps=NORM_EPS, **query(x),
+            norm_eps=NORM_EPS, q_out=x.q_out if out else None, q_scale=x.scale if out else None,
         )  # fmt: skip
 
     def store_kv(x: Inputs) -> None:
+        scale = x.scale if fp8 else None
         ropool.store_kv_(
             x.k, x.v, x.k_pool, x.v_pool, x.slots,
-            k_scale=pool_scale(x), v_scale=pool_scale(x), backend=backend,
+            k_scale=scale, v_scale=scale, backend=backend,
         )  # fmt: skip
 
     def store_mla(x: Inputs) -> None:
-        ropool.store_mla_(x.v, x.k, x.k_pool, x.slots, scale=pool_scale(x), backend=backend)
+        scale = x.scale if fp8 else None
+        ropool.store_mla_(x.v, x.k, x.k_pool, x.slots, scale=scale, backend=backend)
 
     def rope_store_mla(x: Inputs) -> None:
         ropool.rope_store_mla_(
             x.q, x.v, x.k, x.k_pool, x.table, x.positions, x.slots,
-            interleaved=pairs, scale=pool_scale(x), backend=backend, **query(x),
+            interleaved=pairs, scale=x.scale if fp8 else None, backend=backend,
+            q_out=x.q_out if out else None, q_scale=x.scale if out else None,
         )  # fmt: skip
 
     calls: dict[str, Call] = {
