@@ -111,6 +111,18 @@ template <class F, int N, int WIDTH, bool KEEP = false> DEVICE void load_floats(
   }
 }
 
+// Quotients as of a division: a product with the inverse alone may round to the other side of a tie of
+// the narrow format. What is left over of it is 0 for zeros and no number for infinities, which stay.
+template <int N> DEVICE void divide_by(float* x, float divisor) {
+  const float inverse = 1.0f / divisor;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const float quotient = x[i] * inverse, rest = fmaf(-quotient, divisor, x[i]);
+    const bool inexact = fabsf(rest) > 0.0f && fabsf(rest) <= 3.402823466e38f;
+    x[i] = inexact ? fmaf(rest, inverse, quotient) : quotient;
+  }
+}
+
 template <int N> DEVICE void scale_by(float* x, float factor) {
 #pragma unroll
   for (int i = 0; i < N; ++i) x[i] *= factor;

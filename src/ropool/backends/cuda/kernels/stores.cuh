@@ -42,7 +42,8 @@ DEVICE void store_value(const Params& p, i64 slot, int head, int unit, const u32
     } else {
       float x[V];
       unpack<Model, V>(w[half], x);
-      if constexpr (V_SCALE || TILES) scale_by<V>(x, 1.0f / scale);
+      if constexpr (TILES) divide_by<V>(x, scale);
+      else if constexpr (V_SCALE) scale_by<V>(x, 1.0f / scale);
       store_floats<VPool, V, V_GROUP, V_POOL_ALIGN>(row, p.v_dim_group, dim[half], x);
     }
   }
