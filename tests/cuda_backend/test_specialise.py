@@ -44,7 +44,7 @@ def test_addresses_narrow_the_vectors(align: int, width: int) -> None:
     assert (found["VQ"], found["K_POOL_ALIGN"]) == (width, align)
 
 
-@pytest.mark.parametrize(("align", "width"), [(32, 16), (16, 8), (4, 2)])
+@pytest.mark.parametrize(("align", "width"), [(32, 16), (16, 8), (4, 2), (1, 1)])
 @pytest.mark.parametrize("latent", [512, 64])
 def test_mla_rows_that_are_stored_as_they_came_take_the_longest_vectors(
     align: int, width: int, latent: int

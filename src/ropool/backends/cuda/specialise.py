@@ -286,6 +286,6 @@ def mla_planes(describer: Describer) -> None:
         parts = (latent * size, rope * size)
         rows = (describer.call.scalars[f"{part}_token"] * size for part in "kv")
         sources = (describer.align(part) for part in "kv")
-        width = power_of_2(*parts, *rows, *sources, most=LONG_VECTOR_BYTES) // size
+        width = max(power_of_2(*parts, *rows, *sources, most=LONG_VECTOR_BYTES) // size, 1)
         to = power_of_2(describer.align("v_pool"), page * size, row * size, most=LONG_VECTOR_BYTES)
         describer.constants(JOINED=1, MERGED=0, VK=width, VV=width, V_POOL_ALIGN=to)
