@@ -8,12 +8,13 @@
 namespace ropool::cpu {
 namespace {
 
-// Bytes moved below which one thread is faster than two.
-constexpr std::int64_t kThreadedBytes = 512 * 1024;
-// A call is cut into so many pieces, so that threads end together, each within these sizes.
+// A token that is more than one piece of so many is cut between its heads too.
 constexpr std::int64_t kPieces = 8;
+// Each thread takes at least so many pieces, each within these sizes: small, and threads end together; large, and few
+// of the rows are the first of a piece, which nobody has asked for early.
+constexpr std::int64_t kPiecesPerThread = 2;
 constexpr std::int64_t kLeastPieceBytes = 8 * 1024;
-constexpr std::int64_t kMostPieceBytes = 128 * 1024;
+constexpr std::int64_t kMostPieceBytes = 1024 * 1024;
 // Bytes written to the pool above which they go past the caches: pool rows that are free have not been touched for long,
 // and an ordinary store would first read them.
 constexpr std::int64_t kStreamBytes = 16 * 1024;
@@ -90,18 +91,20 @@ Plan::Plan(Call call) : call_(std::move(call)), kernels_(kernels()) {
     const std::int64_t stored = call_.k.heads * call_.k.dim * size_of(call_.k_pool.dtype) +
                                 call_.v.heads * call_.v.dim * size_of(call_.v_pool.dtype);
     const std::int64_t token_bytes = std::max<std::int64_t>(1, read + row_bytes(call_.q) + stored);
-    threaded_ = token_bytes * call_.tokens >= kThreadedBytes;
+    bytes_ = token_bytes * call_.tokens;
     stream_ = stored * call_.tokens >= kStreamBytes;
-    if (!threaded_) {
-        grain_ = std::max<std::int64_t>(1, call_.tokens);
-        return;
-    }
+    if (!threaded()) return;
     // Few wide tokens: cut between heads too, so that every thread has some.
     const std::int64_t most_parts = std::max<std::int64_t>(1, std::max(call_.k.heads, call_.q.heads));
+    parts_ = std::clamp<std::int64_t>(token_bytes / std::max(bytes_ / kPieces, kLeastPieceBytes), 1, most_parts);
+}
+
+std::int64_t Plan::grain(int threads) const {
+    const std::int64_t units = call_.tokens * parts_;
+    if (threads == 1) return units;
     const std::int64_t piece_bytes =
-        std::clamp(token_bytes * call_.tokens / kPieces, kLeastPieceBytes, kMostPieceBytes);
-    parts_ = std::clamp<std::int64_t>(token_bytes / piece_bytes, 1, most_parts);
-    grain_ = std::max<std::int64_t>(1, piece_bytes * parts_ / token_bytes);
+        std::clamp(bytes_ / (kPiecesPerThread * threads), kLeastPieceBytes, kMostPieceBytes);
+    return std::max<std::int64_t>(1, piece_bytes * units / bytes_);
 }
 
 }  // namespace ropool::cpu

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.hpp"
+#include "thread_pool.hpp"
 
 namespace ropool::cpu {
 
@@ -13,8 +14,8 @@ public:
     // Safe to call from several threads at once. `threads` is the most threads to use.
     void run(const Pointers& pointers, int threads) const;
 
-    // Large enough that threads, and letting go of an interpreter lock, are worth their cost.
-    bool threaded() const { return threaded_; }
+    // Large enough that threads may be worth their cost, and so may letting go of an interpreter lock.
+    bool threaded() const { return bytes_ >= kThreadedBytes; }
 
 private:
     friend class Worker;
@@ -27,6 +28,9 @@ private:
         staged,  // the kernel writes into scratch, which is then scattered
         tiles,   // the latent part of the 656-byte row
     };
+
+    // Units of work that one of `threads` takes at once.
+    std::int64_t grain(int threads) const;
 
     static Route route(const Plane& plane, DType source, std::int64_t dim, bool computed);
 
@@ -42,8 +46,7 @@ private:
     std::int64_t slots_ = 0;
     std::vector<std::uint32_t> mask1_, mask2_;
     std::int64_t parts_ = 1;  // groups of heads that a token's work is cut into
-    std::int64_t grain_ = 1;  // (token, part) units that a thread takes at once
-    bool threaded_ = false;
+    std::int64_t bytes_ = 0;  // read and written by a call
     bool stream_ = false;
 };
 

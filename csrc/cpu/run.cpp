@@ -382,8 +382,8 @@ void Plan::run(const Pointers& pointers, int threads) const {
         const Context& shared = *static_cast<Context*>(data);
         Worker(shared.plan, shared.pointers, shared.stream_k, shared.stream_v).units(begin, end);
     };
-    const std::int64_t units = call_.tokens * parts_;
-    parallel_for(units, grain_, threaded_ ? threads : 1, range, &context);
+    threads = worthwhile_threads(bytes_, threads);
+    parallel_for(call_.tokens * parts_, grain(threads), threads, range, &context);
 }
 
 }  // namespace ropool::cpu

@@ -156,6 +156,18 @@ struct TeamJob {
 std::atomic<bool> forked{false};
 std::atomic<bool> own_threads{false};
 
+// Null: the pool of our own is what there is.
+TeamFn team() {
+    const bool alone = forked.load(std::memory_order_relaxed) || own_threads.load(std::memory_order_relaxed);
+    return alone ? nullptr : gnu_openmp_team();
+}
+
+// Bytes that pay for a thread that has to be woken.
+constexpr std::int64_t kWakingBytes = 512 * 1024;
+// A team that is awake starts in about a microsecond, in which a core moves 10 to 50 KiB; a wider team starts later, so
+// this is for each of its threads, as far as the bytes that pay for waking it.
+constexpr std::int64_t kTeamBytesPerThread = 64 * 1024;
+
 }  // namespace
 
 void install_fork_handler() {
@@ -169,23 +181,27 @@ void install_fork_handler() {
 
 void use_own_threads() { own_threads.store(true, std::memory_order_relaxed); }
 
+int worthwhile_threads(std::int64_t bytes, int threads) {
+    if (threads <= 1 || bytes < kThreadedBytes) return 1;
+    const std::int64_t least =
+        team() == nullptr ? kWakingBytes : std::min(kWakingBytes, kTeamBytesPerThread * threads);
+    return bytes < least ? 1 : std::min(threads, usable_processors());
+}
+
 void parallel_for(std::int64_t units, std::int64_t grain, int threads, RangeFn range, void* context) {
-    // The processors are counted, by a call of the system, only where more than one could be used.
-    if (threads > 1 && units > grain) threads = std::min(threads, usable_processors());
     if (threads <= 1 || units <= grain) {
         range(context, 0, units);
         return;
     }
-    const bool alone = forked.load(std::memory_order_relaxed) || own_threads.load(std::memory_order_relaxed);
-    const TeamFn team = alone ? nullptr : gnu_openmp_team();
-    if (team == nullptr) {
+    const TeamFn start = team();
+    if (start == nullptr) {
         pool().run(units, grain, threads, range, context);
         return;
     }
     // 0: the whole team as PyTorch set it. A smaller one would make the runtime end the other threads, and PyTorch's
     // next operator would have to start them again.
     TeamJob job{units, grain, range, context};
-    team(TeamJob::work, &job, 0, 0);
+    start(TeamJob::work, &job, 0, 0);
 }
 
 }  // namespace ropool::cpu
