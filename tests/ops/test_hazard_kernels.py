@@ -150,6 +150,13 @@ def test_work_enough_for_every_thread(backend: Backend) -> None:
         check(case, backend)
 
 
+def test_every_remainder_of_a_split(backend: Backend) -> None:
+    """From about where calls are split on: the last piece is whole, short, or one token."""
+    for tokens in [*range(32, 42), 51, 68, 69, 133, 137, 139, 150]:
+        case = Case(op="rope_store_kv_", tokens=tokens, heads_q=9, heads_kv=3, head_dim=64)
+        check(replace(case, pages=10, page_size=16, mistakes=tokens % 2 == 0, seed=tokens), backend)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("heads", [(128, 128), (96, 3), (67, 67)])
 def test_few_wide_tokens(dtype: str, heads: tuple[int, int], backend: Backend) -> None:
