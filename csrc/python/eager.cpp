@@ -42,6 +42,7 @@ struct Metadata {
     const std::int64_t* sizes;
     const std::int64_t* strides;
     std::int32_t dtype, device_type, device_index;
+    std::uint64_t keys;  // for the dispatcher: what else the tensor is, such as a negated view
     void* data;
 };
 
@@ -49,7 +50,7 @@ struct Metadata {
 class Torch {
 public:
     // `functions`: addresses of aoti_torch_NAME by NAME. `samples`: tensors, each with the address of its
-    // implementation, which is all that an at::Tensor holds.
+    // implementation, which is all that an at::Tensor holds, and the bits of its dispatch keys, which stand there.
     Torch(const nb::dict& functions, const std::vector<nb::tuple>& samples) {
         const auto set = [&](auto& function, const char* name) {
             const auto address = nb::cast<std::uintptr_t>(functions[name]);
@@ -74,6 +75,7 @@ public:
             }
             at_ = at;
         }
+        keys_at_ = keys_place(samples);
     }
 
     bool grad_enabled() const { return grad_enabled_(); }
@@ -82,6 +84,7 @@ public:
     bool read(PyObject* tensor, Metadata& found) const {
         const Handle handle = reinterpret_cast<const std::byte*>(tensor) + at_;
         std::int32_t layout = 0;
+        found.keys = word(reinterpret_cast<const void*>(word(tensor, at_)), keys_at_);
         return layout_(handle, &layout) == 0 && layout == 0 && dim_(handle, &found.rank) == 0 &&
                sizes_(handle, &found.sizes) == 0 && strides_(handle, &found.strides) == 0 &&
                dtype_(handle, &found.dtype) == 0 && device_type_(handle, &found.device_type) == 0 &&
@@ -95,13 +98,28 @@ public:
     }
 
 private:
-    static std::uintptr_t word(PyObject* object, std::size_t at) {
-        std::uintptr_t value;
-        std::memcpy(&value, reinterpret_cast<const std::byte*>(object) + at, sizeof(value));
+    // The first place in an implementation where every sample has its keys. Samples differ in them.
+    static std::size_t keys_place(const std::vector<nb::tuple>& samples) {
+        for (std::size_t at = sizeof(void*); at + sizeof(std::uint64_t) <= kImplementation; at += 8) {
+            bool all = !samples.empty();
+            for (const nb::tuple& sample : samples) {
+                const auto* implementation = reinterpret_cast<const void*>(nb::cast<std::uintptr_t>(sample[1]));
+                all = all && word(implementation, at) == nb::cast<std::uint64_t>(sample[2]);
+            }
+            if (all) return at;
+        }
+        throw nb::value_error("ropool._eager: tensors of an unknown kind");
+    }
+
+    static std::uint64_t word(const void* object, std::size_t at) {
+        std::uint64_t value;
+        std::memcpy(&value, static_cast<const std::byte*>(object) + at, sizeof(value));
         return value;
     }
 
-    std::size_t at_ = 0;
+    static constexpr std::size_t kImplementation = 208;  // bytes, the most in any version; the keys come last
+
+    std::size_t at_ = 0, keys_at_ = 0;
     Getter<std::int32_t> layout_, dtype_, device_type_, device_index_;
     Getter<std::int64_t> dim_;
     Getter<const std::int64_t*> sizes_, strides_;
@@ -164,16 +182,17 @@ public:
 
     bool add_tensor(const Metadata& tensor) {
         const auto rank = static_cast<std::size_t>(tensor.rank);
-        if (used_ + 2 * rank + 1 > kWords) return false;
+        if (used_ + 2 * rank + 2 > kWords) return false;
         std::uint64_t* next = words_ + used_;
         *next++ = (rank + 1) | static_cast<std::uint64_t>(tensor.dtype & 0xFF) << 16 |
                   static_cast<std::uint64_t>(tensor.device_type & 0xFF) << 24 |
                   static_cast<std::uint64_t>(static_cast<std::uint32_t>(tensor.device_index)) << 32;
+        *next++ = tensor.keys;
         for (std::size_t i = 0; i < rank; ++i) {
             next[i] = static_cast<std::uint64_t>(tensor.sizes[i]);
             next[rank + i] = static_cast<std::uint64_t>(tensor.strides[i]);
         }
-        used_ += 2 * rank + 1;
+        used_ += 2 * rank + 2;
         return true;
     }
 
@@ -518,6 +537,7 @@ struct Function {
     PyObject_HEAD
     vectorcallfunc vectorcall;
     PyObject* dictionary;
+    PyObject* weak_references;
     PyObject* definition;
     const Entry* entry;
     PyObject* owner;  // of the entry
@@ -586,6 +606,7 @@ int clear_function(PyObject* self) {
 void free_function(PyObject* self) {
     PyTypeObject* type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
+    if (reinterpret_cast<Function*>(self)->weak_references != nullptr) PyObject_ClearWeakRefs(self);
     clear_function(self);
     Py_CLEAR(reinterpret_cast<Function*>(self)->definition);
     PyObject_GC_Del(self);
@@ -595,6 +616,7 @@ void free_function(PyObject* self) {
 PyMemberDef function_members[] = {
     {"__vectorcalloffset__", T_PYSSIZET, offsetof(Function, vectorcall), READONLY, nullptr},
     {"__dictoffset__", T_PYSSIZET, offsetof(Function, dictionary), READONLY, nullptr},
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(Function, weak_references), READONLY, nullptr},
     {nullptr, 0, 0, 0, nullptr},
 };
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -115,6 +116,12 @@ def test_a_sparse_tensor_is_not_taken_for_a_plain_one() -> None:
         table.keep((torch.ones(3),), (), None, launch)
         assert table.find((torch.ones(3),), (), None) is launch
         assert table.find((torch.ones(3).to_sparse(),), (), None) is None
+
+
+def test_a_negated_view_is_not_taken_for_a_plain_one() -> None:
+    for table in made(1, 0):
+        table.keep((torch.ones(3),), (), None, launch)
+        assert table.find((torch._neg_view(torch.ones(3)),), (), None) is None
 
 
 @pytest.mark.parametrize("way", ["compiled", "attributes"])
@@ -227,9 +234,10 @@ def test_a_mode_sees_a_call_that_was_made_before() -> None:
             seen.append(str(func))
             return super().__torch_function__(func, types, args, kwargs or {})
 
-    seen.clear()
-    ropool.rope_(args[0].as_subclass(Subclass), *args[1:])
-    assert "ropool.rope_.default" in seen
+    for at in (0, 2, 3):
+        seen.clear()
+        ropool.rope_(*[arg.as_subclass(Subclass) if i == at else arg for i, arg in enumerate(args)])
+        assert "ropool.rope_.default" in seen, at
 
 
 def test_settings_hold_for_a_call_that_was_made_before() -> None:
@@ -260,3 +268,12 @@ def test_an_error_in_a_launch_is_raised(monkeypatch: pytest.MonkeyPatch) -> None
     for _ in range(2):
         with pytest.raises(KeyError, match="launched with 5"):
             ropool.rope_(*args)
+
+
+def test_a_public_function_can_be_referred_to_weakly(compiled: None) -> None:
+    """As `torch.compiler.allow_in_graph` does."""
+    assert ref(ropool.rope_)() is ropool.rope_
+    made = _launches.native.Function(launch)
+    weakly = ref(made)
+    del made
+    assert weakly() is None

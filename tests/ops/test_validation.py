@@ -82,6 +82,10 @@ def cast(name: str, dtype: torch.dtype) -> Change:
     return lambda a: torch.zeros(a[name].shape, dtype=dtype)
 
 
+def negated(name: str) -> Change:
+    return lambda a: torch._neg_view(a[name])
+
+
 def unsqueezed(name: str) -> Change:
     return lambda a: a[name].unsqueeze(0)
 
@@ -141,6 +145,7 @@ WRONG: list[Wrong] = []
 for _case, _names in TENSORS.items():
     for _name in _names:
         WRONG += [
+            Wrong(_case, _name, negated(_name), f"{_name} is a lazily negated view"),
             Wrong(_case, _name, unsqueezed(_name), _name),
             Wrong(_case, _name, cast(_name, torch.float64), _name, TypeError),
             Wrong(_case, _name, cast(_name, torch.bool), _name, TypeError),

@@ -1,5 +1,5 @@
 """The launches that an op remembers, looked up by what of a call decides its launch: options, and
-the shapes, strides, dtypes and devices of its tensors."""
+the shapes, strides, dtypes, devices and kinds of its tensors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def reader() -> Any:
         return None
     folder = Path(torch.__file__).parent / "lib"
     names = ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll")
-    tensors = (torch.zeros(2), torch.nn.Parameter(torch.zeros(3)), torch.zeros(2, 3).t())
+    plain = torch.zeros(2, 3, device="cpu")
+    tensors = (plain.t(), torch.nn.Parameter(plain), torch._neg_view(plain))
     try:
         [path] = (folder / name for name in names if (folder / name).exists())
         library = ctypes.CDLL(str(path))
@@ -45,7 +46,13 @@ def reader() -> Any:
             name: ctypes.cast(getattr(library, f"aoti_torch_{name}"), ctypes.c_void_p).value or 0
             for name in _FUNCTIONS
         }
-        return native.Torch(functions, [(tensor, tensor._cdata) for tensor in tensors])
+        return native.Torch(
+            functions,
+            [
+                (tensor, tensor._cdata, torch._C._dispatch_keys(tensor).raw_repr())
+                for tensor in tensors
+            ],
+        )
     except (AttributeError, OSError, ValueError):
         return None
 
@@ -102,7 +109,8 @@ def _signature(args: Args, options: tuple[Any, ...], backend: str | None) -> Has
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise ValueError("needs a gradient")
     metadata = tuple(
-        None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.layout) for t in args
+        None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.layout, t.is_neg())
+        for t in args
     )
     return options, tuple(map(type, options)), backend, metadata
 

@@ -26,6 +26,7 @@ from ropool.ops._eager import MODES, connect
 from ropool.ops._launches import launches
 from ropool.ops._validate import wrong_option
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("ropool", "DEF")
 
 _is_compiling = torch.compiler.is_compiling
@@ -101,22 +102,17 @@ class Op:
         self, args: Args, options: tuple[Any, ...], backend: str | None, overload: str = ""
     ) -> None:
         """Run the op on `args`; `options` are in the order of `option_names`."""
-        if _is_compiling() or self._seen_by_torch(args[0]):
+        if _is_compiling() or self._seen_by_torch(args):
             self._overloads[overload](*args, *options, backend)
             return
         self._run(args, options, backend)
 
     @staticmethod
-    def _seen_by_torch(first: Tensor | None) -> bool:
+    def _seen_by_torch(args: Args) -> bool:
         """Whether PyTorch has to see this call; plain tensors outside of any mode need not."""
-        return bool(
-            (
-                type(first) is not Tensor
-                and isinstance(first, Tensor)
-                and type(first) is not torch.nn.Parameter
-            )
-            or any(mode() for mode in MODES)
-        )
+        return any(
+            type(tensor) not in _PLAIN and isinstance(tensor, Tensor) for tensor in args
+        ) or any(mode() for mode in MODES)
 
     def _run(self, args: Args, options: tuple[Any, ...], backend: str | None) -> None:
         launch = self.launches.find(args, options, backend)
@@ -204,6 +200,11 @@ class Op:
             if not isinstance(value, Tensor) and (required or value is not None):
                 raise TypeError(
                     f"ropool.{self.name}: {name} must be a torch.Tensor, got {type(value).__name__}"
+                )
+            if value is not None and value.is_neg():
+                raise ValueError(
+                    f"ropool.{self.name}: {name} is a lazily negated view, expected plain memory: "
+                    "tensor.resolve_neg()"
                 )
         for name, value in (*zip(self.option_names, options, strict=True), ("backend", backend)):
             expected = wrong_option(name, value)

@@ -46,7 +46,8 @@ def plan(op: str, *args: Any, **kwargs: Any) -> Plan:
 
     What is decided here stays: kernel, options, shapes, strides, addresses and the settings
     (`ROPOOL_CHECK`, `ROPOOL_BACKEND`). The plan keeps the tensors alive; they must not be given
-    other memory (`set_`, `resize_`). Within `torch.compile` a plan is the op that it was made from.
+    other memory (`set_`, `resize_`). Within `torch.compile` a plan is the op that it was made from;
+    PyTorch's other modes (tracing, profiling) do not see it.
 
     The arguments are those of the op: `ropool.plan("rope_", q, k, cos_sin_cache, positions)`.
 

@@ -81,10 +81,6 @@ class Checker:
         """Check rank, sizes, dtype, device and that the last dimension is contiguous; `written`
         tensors must not overlap themselves."""
         self._on_device(name, tensor)
-        if tensor.is_neg():
-            self.fail(
-                f"{name} is a lazily negated view, expected plain memory: tensor.resolve_neg()"
-            )
         if tensor.dim() != len(dims):
             self.fail(f"{name} must be [{', '.join(dims)}], got shape {list(tensor.shape)}")
         self.dtype(name, tensor, dtypes)
