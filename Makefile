@@ -115,7 +115,7 @@ docs: $(STAMPS)/test ## the site, in site/
 
 pytest: $(STAMPS)/metal ## the tests alone; ARGS="-k name" narrows them
 	@echo "==> pytest"
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 bench: $(STAMPS)/test ## time every op on this machine, into benchmarks/results; ARGS narrow it
 	@$(BIN)/ropool bench --device cpu --out $(BENCH_OUT) $(ARGS)
