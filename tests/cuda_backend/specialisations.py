@@ -20,6 +20,7 @@ from ops.grids import (
 from ropool.backends.cuda.choose import shape_of
 from ropool.backends.cuda.grid import grid_of
 from ropool.backends.cuda.launch import describe, source_of
+from ropool.backends.cuda.shape import narrowed
 from ropool.backends.cuda.specialise import LONG_VECTOR_BYTES, VECTOR_BYTES
 from ropool.dispatch.key import Key, Options
 from ropool.ops._call import described
@@ -46,6 +47,7 @@ def source(call: Bound, arch: str, align: int | None = None) -> str:
     longest = LONG_VECTOR_BYTES if wide else VECTOR_BYTES
     described = describe(*call, lambda name: align or longest)
     shape = shape_of(described, arch, PROCESSORS, DEVICE)
+    described = narrowed(described, shape)
     return source_of(described, shape, grid_of(described, shape))
 
 

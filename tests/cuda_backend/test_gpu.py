@@ -274,6 +274,7 @@ SHAPES = {
     "plain": Shape(1, 1, 1, 96, False, False, lanes=24),
     "few lanes": Shape(1, 1, 1, 32, True, False, lanes=8),
     "joint": Shape(4, 1, 1, 128, True, False, joint=True, loads="drop_first"),
+    "short vectors": Shape(2, 2, 1, 64, True, True, vector_bytes=8),
     "early and joint": Shape(2, 1, 1, 64, True, True, joint=True),
 }
 

@@ -10,8 +10,16 @@ import pytest
 from cuda_backend.specialisations import DEVICE, bound
 from ops.calls import Case, arguments
 from ropool.backends.cuda.choose import shape_of
+from ropool.backends.cuda.grid import threads_per_token
 from ropool.backends.cuda.launch import describe
-from ropool.backends.cuda.shape import Shape, checked, possible, why_not_bulk, why_not_joint
+from ropool.backends.cuda.shape import (
+    Shape,
+    checked,
+    narrowed,
+    possible,
+    why_not_bulk,
+    why_not_joint,
+)
 from ropool.backends.cuda.specialise import Call
 from ropool.dispatch import tuning
 
@@ -74,6 +82,7 @@ def test_rules_hold_for_what_was_not_measured() -> None:
         ({"bulk": True, "threads": 64}, "threads is 64; allowed: 1 to 32 where bulk"),
         ({"threads": 2048}, "threads is 2048; allowed: 1 to 1024"),
         ({"v_rows": "2"}, "v_rows is '2'; allowed: 1 to 8"),
+        ({"vector_bytes": 4}, "vector_bytes is 4; allowed: 8, 16, 32"),
         ({"loads": "fast"}, "loads is 'fast'; allowed: plain, drop_first, line"),
         ({"columns": 2}, "unexpected keyword argument 'columns'"),
     ],
@@ -116,6 +125,17 @@ def test_when_queries_and_keys_can_share_a_thread(case: Case, reason: str | None
     call = described(case)
     assert why_not_joint(call) == reason
     assert possible(Shape(joint=True), call).joint == (reason is None)
+
+
+def test_vectors_may_be_shorter() -> None:
+    call = described(KV)
+    assert narrowed(call, Shape()) == call
+    short = narrowed(call, Shape(vector_bytes=8))
+    widths = {name: short.integers[name] for name in ("VQ", "VK", "VV")}
+    assert widths == {name: call.integers[name] // 2 for name in widths}
+    assert threads_per_token(short, Shape()) == 2 * threads_per_token(call, Shape())
+    narrow = described(KV, {"q": 4})
+    assert narrowed(narrow, Shape(vector_bytes=8)).integers["VQ"] == narrow.integers["VQ"]
 
 
 def test_rows_of_other_widths_do_not_share_a_thread() -> None:

@@ -13,7 +13,8 @@ from ropool.backends.cuda import compile
 from ropool.backends.cuda.choose import shape_of
 from ropool.backends.cuda.grid import grid_of
 from ropool.backends.cuda.launch import describe_aligned, source_of
-from ropool.backends.cuda.shape import LOADS, Shape, checked, possible
+from ropool.backends.cuda.shape import LOADS, Shape, checked, narrowed, possible
+from ropool.backends.cuda.specialise import VECTOR_BYTES
 from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args
 from ropool.dispatch.tuning import Choice
@@ -52,7 +53,7 @@ def layouts(key: Key, tokens: int) -> list[Choice]:
             for k, v in itertools.product(keys, values):
                 found.append(shared | {"k_rows": k, "v_rows": v})
             found.append(shared | {"joint": True})
-        return found
+        return found + _shorter(found, tokens)
     many = tokens >= MANY_TOKENS
     for threads, e in itertools.product((32, *THREADS) if many else THREADS, early):
         shared = {"threads": threads, "early": e}
@@ -60,12 +61,20 @@ def layouts(key: Key, tokens: int) -> list[Choice]:
             found += [shared | {"lanes": lanes} for lanes in LANES]
         else:
             found += [shared | {"k_rows": n, "v_rows": n} for n in (1, 2, 4, 8)]
+    found += _shorter(found, tokens)
     if many:
         found += [
             {"bulk": True, "threads": rows, "early": e}
             for rows, e in itertools.product((2, 4, 8, 16), early)
         ]
     return found
+
+
+def _shorter(choices: list[Choice], tokens: int) -> list[Choice]:
+    """The same with shorter vectors, for calls that are bound by latency."""
+    if tokens >= MANY_TOKENS:
+        return []
+    return [{**choice, "vector_bytes": VECTOR_BYTES // 2} for choice in choices]
 
 
 def refinements(key: Key, tokens: int, choice: Choice) -> list[Choice]:
@@ -86,6 +95,7 @@ def prepare(calls: Iterable[tuple[Key, Args, Options, Choice]], device: int) -> 
     for key, args, options, choice in calls:
         call = describe_aligned(key, args, options, device)
         shape = possible(checked(choice)._replace(dependent=major >= 9), call)
+        call = narrowed(call, shape)
         texts.add(source_of(call, shape, grid_of(call, shape)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda text: compile.cubin(text, arch), texts))

@@ -15,7 +15,7 @@ from ropool.backends.cuda import compile, driver
 from ropool.backends.cuda.choose import shape_of
 from ropool.backends.cuda.grid import Grid, grid_of
 from ropool.backends.cuda.prelude import prelude, switches
-from ropool.backends.cuda.shape import Shape
+from ropool.backends.cuda.shape import Shape, narrowed
 from ropool.backends.cuda.specialise import (
     LONG_VECTOR_BYTES,
     VECTOR_BYTES,
@@ -111,6 +111,7 @@ def _launcher(call: Call, device: int) -> driver.Launcher:
     gpu = torch.cuda.get_device_properties(device)
     arch = f"sm_{gpu.major}{gpu.minor}"
     shape = shape_of(call, arch, gpu.multi_processor_count, gpu.name)
+    call = narrowed(call, shape)
     grid = grid_of(call, shape)
     text = source_of(call, shape, grid)
     found = _functions.get((text, device))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
-from ropool.backends.cuda.specialise import SIZES, VECTOR_BYTES, Call
+from ropool.backends.cuda.specialise import LONG_VECTOR_BYTES, SIZES, VECTOR_BYTES, Call
 from ropool.dispatch import tuning
 
 BULK_BYTES = 48 << 10
@@ -17,6 +18,7 @@ EMPTY: Mapping[str, str] = MappingProxyType({})
 LOADS = ("plain", "drop_first", "line")
 """What L2 does with rows that are read once: nothing special; drop them before others; fetch their
 whole lines of 128 bytes."""
+VECTORS = (VECTOR_BYTES // 2, VECTOR_BYTES, LONG_VECTOR_BYTES)
 
 
 class Shape(NamedTuple):
@@ -39,6 +41,9 @@ class Shape(NamedTuple):
     loads: str = "plain"
     lanes: int = WARP
     """Threads that take one MLA row stored as it came."""
+    vector_bytes: int = LONG_VECTOR_BYTES
+    """The most that a thread loads of a row at once. Shorter vectors spread a call of few tokens
+    over more threads, each of which has less to wait for."""
 
 
 def checked(choice: tuning.Choice) -> Shape:
@@ -52,6 +57,11 @@ def checked(choice: tuning.Choice) -> Shape:
         value = getattr(shape, name)
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"ropool: tuning choice: {name} is {value!r}; allowed: 1 to {most}")
+    if shape.vector_bytes not in VECTORS:
+        allowed = ", ".join(map(str, VECTORS))
+        raise ValueError(
+            f"ropool: tuning choice: vector_bytes is {shape.vector_bytes!r}; allowed: {allowed}"
+        )
     for name in ("dependent", "early", "joint", "bulk", "ahead"):
         value = getattr(shape, name)
         if type(value) is not bool:
@@ -75,6 +85,14 @@ def possible(shape: Shape, call: Call) -> Shape:
     if shape.joint and why_not_joint(call) is not None:
         shape = shape._replace(joint=False)
     return shape._replace(early=shape.early and shape.dependent)
+
+
+def narrowed(call: Call, shape: Shape) -> Call:
+    """`call` with rows cut into vectors no longer than those of `shape`."""
+    most = shape.vector_bytes // SIZES[call.formats["Model"]]
+    given = call.integers
+    widths = {name: min(given[name], most) for name in ("VQ", "VK", "VV") if name in given}
+    return replace(call, integers=given | widths)
 
 
 def why_not_joint(call: Call) -> str | None:
