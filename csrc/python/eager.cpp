@@ -14,6 +14,7 @@
 #include <chrono>
 #include <cstring>
 
+#include "cuda_launch.hpp"
 #include "launches.hpp"
 
 namespace ropool::eager {
@@ -331,6 +332,9 @@ NB_MODULE(_eager, m) {
              nb::arg("defaults"), nb::arg("required"), nb::arg("flags"), nb::arg("flag"), nb::arg("probes"),
              nb::keep_alive<1, 2>())
         .def("stages", &Entry::stages, nb::arg("args"), nb::arg("kwargs"), nb::arg("calls"));
+    m.def("cuda_launch", &cuda_launch, nb::arg("functions"), nb::arg("kernel"), nb::arg("device"), nb::arg("frame"),
+          nb::arg("stream_at"), nb::arg("parameters_at"), nb::arg("operands"));
+    m.def("frozen", &frozen, nb::arg("native"), nb::arg("otherwise"));
     PyObject* function = PyType_FromSpec(&function_spec);
     if (function == nullptr) throw nb::python_error();
     m.attr("Function") = nb::steal(function);

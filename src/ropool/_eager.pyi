@@ -1,4 +1,4 @@
-"""The compiled part of ropool.ops._launches and ropool.ops._eager."""
+"""The compiled part of ropool.ops._launches, ropool.ops._eager and ropool.backends.cuda.driver."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,3 +46,14 @@ class Function:
     def __init__(self, definition: Callable[..., None]) -> None: ...
     def __call__(self, *args: Any, **kwargs: Any) -> None: ...
     def connect(self, entry: Entry) -> None: ...
+
+def cuda_launch(
+    functions: dict[str, int],
+    kernel: int,
+    device: int,
+    frame: bytes,
+    stream_at: int,
+    parameters_at: int,
+    operands: Sequence[tuple[int, int]],
+) -> object: ...
+def frozen(native: object, otherwise: Callable[[], None]) -> Callable[[], None]: ...

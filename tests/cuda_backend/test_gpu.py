@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import weakref
 from dataclasses import replace
@@ -18,10 +19,11 @@ from ops.calls import Case, arguments, check_args
 from ops.memory import placed
 from oracle import compare, expected
 from ropool.backends import cuda
-from ropool.backends.cuda import launch
+from ropool.backends.cuda import driver, launch
 from ropool.backends.cuda.shape import Shape, possible, why_not_bulk
 from ropool.backends.cuda.specialise import Call
 from ropool.dispatch import cache
+from ropool.ops import _launches
 
 pytestmark = pytest.mark.skipif(
     cuda.available() is not None, reason=f"backend cuda: {cuda.available()}"
@@ -73,6 +75,24 @@ def test_cold_kernel_in_a_capture_says_to_warm_up(cold: None) -> None:
         run("rope_store_kv_", args)
     torch.cuda.synchronize()
     check_args("rope_store_kv_", arguments(KV), CUDA)
+
+
+@pytest.mark.skipif(_launches.reader() is None, reason="compiled code cannot read tensors here")
+def test_a_call_that_was_made_before_is_launched_by_compiled_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As is a plan; the driver's and PyTorch's functions are there."""
+    args = {sys.intern(name): value for name, value in arguments(KV).items()}
+    check_args("rope_store_kv_", args, CUDA)
+
+    def refused(*args: Any) -> None:
+        raise AssertionError("this call is launched in Python")
+
+    monkeypatch.setattr(driver.Launcher, "_start", refused)
+    check_args("rope_store_kv_", args, CUDA)
+    after = placed(args, "cuda")
+    ropool.plan("rope_store_kv_", **after, backend="cuda")()
+    compare(args, after, expected("rope_store_kv_", args))
 
 
 def test_other_stream() -> None:

@@ -1,5 +1,6 @@
-"""The one driver call of a launch, through ctypes: a prepared frame is filled with addresses and
-passed on, which costs a third of building the launch anew through a general binding."""
+"""The one driver call of a launch: a prepared frame is filled with addresses and passed on, by
+compiled code (csrc/python/cuda_launch.hpp), or through ctypes where that is not there or refuses.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +8,17 @@ import ctypes
 import functools
 import struct
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+
+_eager: Any
+"""The compiled extension, `None` where it is not installed."""
+try:
+    from ropool import _eager
+except ImportError:
+    _eager = None
 
 _SERIALIZATION_ATTRIBUTE = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _ATTRIBUTE_BYTES = 72
@@ -33,6 +42,28 @@ def check(status: int, call: str) -> None:
         library().cuGetErrorString(status, ctypes.byref(text))
         reason = text.value.decode() if text.value else "unknown error"
         raise RuntimeError(f"ropool: {call} failed: {reason} ({status})")
+
+
+def _torch_cuda() -> Any:
+    """PyTorch's own library for CUDA. Raises `OSError` where it is kept elsewhere."""
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"))
+
+
+@functools.cache
+def _entry_points() -> dict[str, int] | None:
+    """Addresses of what a launch in compiled code calls, `None` where one of them is missing or
+    there is no compiled code."""
+    if _eager is None:
+        return None
+    try:
+        functions = {
+            "cuLaunchKernelEx": library().cuLaunchKernelEx,
+            "cuCtxGetDevice": library().cuCtxGetDevice,
+            "aoti_torch_get_current_cuda_stream": _torch_cuda().aoti_torch_get_current_cuda_stream,
+        }
+    except (AttributeError, OSError):
+        return None
+    return {name: ctypes.cast(f, ctypes.c_void_p).value or 0 for name, f in functions.items()}
 
 
 def function_of(kernel: Any) -> int:
@@ -101,23 +132,31 @@ class Launcher:
         self._start(frame)
         self._frames.append(frame)
 
+    def native(self, operands: Sequence[tuple[int, int]], addresses: Sequence[int] = ()) -> Any:
+        """This launch for compiled code (csrc/python/native.hpp), or `None` where there is none.
+        For each address, `operands` has the index of the tensor that it is of and the bits of it
+        that have to be 0, unless the `addresses` themselves are given."""
+        entry_points = _entry_points()
+        if entry_points is None:
+            return None
+        frame = bytearray(self._content)
+        if addresses:
+            self._fill(frame, _ADDRESSES_AT, *addresses)
+        return _eager.cuda_launch(
+            entry_points,
+            self._function.value,
+            self._device,
+            bytes(frame),
+            _STREAM_AT,
+            _ADDRESSES_AT,
+            operands,
+        )
+
     def frozen(self, addresses: Sequence[int]) -> Callable[[], None]:
         """A launch with these addresses and no arguments."""
-        content = bytearray(self._content)
-        self._fill(content, _ADDRESSES_AT, *addresses)
-        whole = bytes(content)
-        frames = [_Frame(whole)]
-        start = self._start
-
-        def launch() -> None:
-            try:
-                frame = frames.pop()
-            except IndexError:
-                frame = _Frame(whole)
-            start(frame)
-            frames.append(frame)
-
-        return launch
+        launch = functools.partial(self, addresses)
+        native = self.native((), addresses)
+        return launch if native is None else _eager.frozen(native, launch)
 
     def _start(self, frame: _Frame) -> None:
         device = self._device

@@ -141,7 +141,7 @@ def bind(key: Key, args: Args, options: Options) -> Launch:
     """Bind any of the five ops."""
     first = args[0]
     assert first is not None
-    device = first.device.index
+    device = first.get_device()
     # A launch outlives the tensors of its first call.
     shapes = tuple(
         tensor
@@ -157,11 +157,9 @@ def bind(key: Key, args: Args, options: Options) -> Launch:
     vectors = [at for at, (name, _) in enumerate(aligned.pointers) if name in _VECTORS]
     vectors_of = itemgetter(*vectors)
     alignment = functools.partial(power_of_2, most=longest)
-    launchers: dict[tuple[int, ...], driver.Launcher] = {}
+    launchers: dict[tuple[int, ...], driver.Launcher] = {(): _launcher(aligned, device)}
 
     def launcher_for(alignments: tuple[int, ...]) -> driver.Launcher:
-        if not alignments:
-            return _launcher(aligned, device)
         names = [aligned.pointers[at][0] for at in vectors]
         known = dict(zip(names, alignments, strict=True))
         return _launcher(describe(key, shapes, options, known.__getitem__), device)
@@ -184,4 +182,9 @@ def bind(key: Key, args: Args, options: Options) -> Launch:
         return launcher.frozen(addresses)
 
     launch.freeze = freeze  # type: ignore[attr-defined]
+    native = launchers[()].native(
+        [(index, longest - 1 if name in _VECTORS else 0) for name, index in aligned.pointers]
+    )
+    if native is not None:
+        launch.native = native  # type: ignore[attr-defined]
     return launch
