@@ -142,9 +142,11 @@ def rms_normalise(
     """RMSNorm over all dims of each head (arXiv:1910.07467); tiles are float32."""
     start = tl.zeros([1, 1, 1], tl.int32)
     everything = tl.full([1, 1, 1], True, tl.int1)
-    squares = tl.sum(first * first, axis=2) + tl.sum(second * second, axis=2)
+    # The threads of a head exchange what they sum. Were it a product, each would add its own,
+    # unrounded, to the rounded one of another, and have a sum of its own in the last bit.
+    squares = tl.sum(tl.fma(first, first, second * second), axis=2)
     if REST_BLOCK > 0:
-        squares += tl.sum(rest * rest, axis=2)
+        squares += tl.sum(tl.fma(rest, rest, 0.0), axis=2)
     factor = tl.rsqrt(squares / HEAD_DIM + eps)[:, :, None]
     one, two = load_pairs(weight, start, everything, HALF, HALF_BLOCK, INTERLEAVED)
     first = first * factor * widen(one, NATIVE)
