@@ -7,6 +7,7 @@ add_library(ropool_cpu_core STATIC
   ${ROPOOL_CORE_DIR}/isa.cpp
   ${ROPOOL_CORE_DIR}/kernels_baseline.cpp
   ${ROPOOL_CORE_DIR}/plan.cpp
+  ${ROPOOL_CORE_DIR}/pool_rows.cpp
   ${ROPOOL_CORE_DIR}/run.cpp
   ${ROPOOL_CORE_DIR}/thread_pool.cpp)
 target_include_directories(ropool_cpu_core PUBLIC "${ROPOOL_CORE_DIR}/..")

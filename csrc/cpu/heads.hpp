@@ -139,7 +139,7 @@ struct Head {
         std::int64_t i = rotary_dim;
         if constexpr (kSame<In, Out> && !Norm) {
             // Not through float32, which would change the bits of a NaN.
-            if (src != dst) __builtin_memcpy(dst + i * Out::size, src + i * In::size, (dim - i) * In::size);
+            if (i < dim && src != dst) __builtin_memcpy(dst + i * Out::size, src + i * In::size, (dim - i) * In::size);
             return;
         }
         if constexpr (blocks) {
@@ -154,7 +154,8 @@ struct Head {
 };
 
 template <class In, class Out, bool Interleaved, bool Norm>
-void heads(const Heads& call) {
+void heads(const Heads& job) {
+    const Heads call = job;  // of its own: a store to `dst` may change `job` for all that the compiler knows
     for (std::int64_t h = 0; h < call.heads; ++h) {
         float scale = 1.0F;
         if (Out::scaled && call.scale != nullptr) {

@@ -21,17 +21,6 @@ constexpr std::int64_t kStreamBytes = 16 * 1024;
 
 }  // namespace
 
-std::int64_t size_of(DType dtype) {
-    switch (dtype) {
-        case DType::f32: return 4;
-        case DType::f16:
-        case DType::bf16: return 2;
-        case DType::e4m3:
-        case DType::e5m2: return 1;
-        default: return 0;
-    }
-}
-
 std::int64_t row_bytes(const Rows& rows) { return rows.heads * rows.dim * size_of(rows.dtype); }
 
 Plan::Route Plan::route(const Plane& plane, DType source, std::int64_t dim, bool computed) {
@@ -44,7 +33,8 @@ Plan::Route Plan::route(const Plane& plane, DType source, std::int64_t dim, bool
     return plane.dim_group >= dim ? Route::direct : Route::staged;
 }
 
-Plan::Plan(Call call) : call_(std::move(call)), kernels_(kernels()) {
+Plan::Plan(Call call)
+    : call_(std::move(call)), kernels_(kernels()), k_offsets_(call_.k_pool), v_offsets_(call_.v_pool) {
     const Rotary& rotary = call_.rotary;
     const bool rotates = rotary.rotary_dim > 0;
     const auto heads = [&](DType in, DType out, bool norm) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels.hpp"
+#include "pool_rows.hpp"
 #include "thread_pool.hpp"
 
 namespace ropool::cpu {
@@ -44,14 +45,13 @@ private:
     Route k_route_ = Route::none;
     Route v_route_ = Route::none;
     std::int64_t slots_ = 0;
+    RowOffsets k_offsets_;
+    RowOffsets v_offsets_;
     std::vector<std::uint32_t> mask1_, mask2_;
     std::int64_t parts_ = 1;  // groups of heads that a token's work is cut into
     std::int64_t bytes_ = 0;  // read and written by a call
     bool stream_ = false;
 };
-
-// Size of a storage type in bytes.
-std::int64_t size_of(DType dtype);
 
 // Bytes of one token's heads.
 std::int64_t row_bytes(const Rows& rows);

@@ -44,45 +44,33 @@ void prefetch(const std::byte* p, std::int64_t bytes) {
     for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, write);
 }
 
-bool multiple_of_line(std::int64_t value) { return value % 64 == 0; }
+// The lines of one token's heads: where the heads are contiguous they are one run, otherwise each head is.
+struct Lines {
+    std::int64_t runs = 0;
+    std::int64_t stride = 0;
+    std::int64_t bytes = 0;
 
-// Whether whole 64-byte lines of `plane` can be streamed for rows of `row_bytes`.
-bool streamable(const Plane& plane, const std::byte* base, std::int64_t dim) {
-    return plane.dim_group >= dim && multiple_of_line(reinterpret_cast<std::intptr_t>(base)) &&
-           multiple_of_line(dim * size_of(plane.dtype)) && multiple_of_line(plane.page_stride) &&
-           multiple_of_line(plane.head_stride) && multiple_of_line(plane.row_group_stride) &&
-           multiple_of_line(plane.row_stride);
-}
-
-std::int64_t slot_offset(const Plane& plane, std::int64_t slot) {
-    const std::int64_t page = slot / plane.page_size;
-    const std::int64_t row = slot % plane.page_size;
-    return page * plane.page_stride + row / plane.row_group * plane.row_group_stride +
-           row % plane.row_group * plane.row_stride;
-}
-
-template <int size>
-void scatter_elements(const Plane& plane, std::byte* dst, const std::byte* src, std::int64_t dim) {
-    for (std::int64_t d = 0; d < dim; ++d) std::memcpy(dst + d * plane.dim_group_stride, src + d * size, size);
-}
-
-// One head's `dim` stored values into its dim groups.
-void scatter(const Plane& plane, std::byte* dst, const std::byte* src, std::int64_t dim) {
-    const std::int64_t size = size_of(plane.dtype);
-    if (plane.dim_group > 1) {
-        const std::int64_t group = plane.dim_group * size;
-        const std::int64_t bytes = dim * size;
-        for (std::int64_t at = 0; at < bytes; at += group, dst += plane.dim_group_stride) {
-            if (group == 16) std::memcpy(dst, src + at, 16);
-            else std::memcpy(dst, src + at, static_cast<std::size_t>(std::min(group, bytes - at)));
-        }
-    } else if (size == 4) {
-        scatter_elements<4>(plane, dst, src, dim);
-    } else if (size == 2) {
-        scatter_elements<2>(plane, dst, src, dim);
-    } else {
-        scatter_elements<1>(plane, dst, src, dim);
+    Lines(std::int64_t heads, std::int64_t head_stride, std::int64_t head_bytes)
+        : runs(heads), stride(head_stride), bytes(head_bytes) {
+        if (stride != bytes) return;
+        bytes *= runs;
+        runs = std::min<std::int64_t>(runs, 1);
     }
+
+    template <bool write>
+    void ask(const std::byte* row) const {
+        for (std::int64_t i = 0; i < runs; ++i) prefetch<write>(row + i * stride, bytes);
+    }
+};
+
+Lines source_lines(const Rows& rows) { return {rows.heads, rows.head_stride, rows.dim * size_of(rows.dtype)}; }
+
+// Of a streamed row only the pages are asked for.
+Lines pool_lines(const Plane& plane, const Rows& rows, bool stream) {
+    if (plane.dtype == DType::none || plane.dim_group < rows.dim) return {0, 0, 0};
+    Lines lines = {rows.heads, plane.head_stride, rows.dim * size_of(plane.dtype)};
+    if (stream) lines.bytes = 1;
+    return lines;
 }
 
 }  // namespace
@@ -91,32 +79,46 @@ void scatter(const Plane& plane, std::byte* dst, const std::byte* src, std::int6
 class Worker {
 public:
     Worker(const Plan& plan, const Pointers& pointers, bool stream_k, bool stream_v)
-        : plan_(plan), call_(plan.call_), at_(pointers), stream_k_(stream_k), stream_v_(stream_v) {
+        : plan_(plan), call_(plan.call_), at_(pointers), stream_k_(stream_k), stream_v_(stream_v),
+          q_lines_(source_lines(call_.q)), k_lines_(source_lines(call_.k)), v_lines_(source_lines(call_.v)),
+          k_pool_lines_(pool_lines(call_.k_pool, call_.k, stream_k)),
+          v_pool_lines_(pool_lines(call_.v_pool, call_.v, stream_v)) {
         const std::int64_t rotary = call_.rotary.rotary_dim;
         const std::int64_t staged = std::max(call_.k.heads * call_.k.dim, call_.v.heads * call_.v.dim);
         float* memory = scratch(2 * rotary + call_.q.dim + call_.k.dim + staged);
         cos_ = memory;
         sin_ = memory + rotary;
-        q_weight_ = weight(call_.q_norm, at_.q_norm, memory + 2 * rotary, call_.q.dim);
-        k_weight_ = weight(call_.k_norm, at_.k_norm, memory + 2 * rotary + call_.q.dim, call_.k.dim);
-        stage_ = reinterpret_cast<std::byte*>(memory + 2 * rotary + call_.q.dim + call_.k.dim);
+        float* const weights = memory + 2 * rotary;
+        q_ = job(call_.q, call_.q_scale, rotary);
+        k_ = job(call_.k, call_.k_scale, rotary);
+        v_ = job(call_.v, call_.v_scale, 0);
+        q_.weight = weight(call_.q_norm, at_.q_norm, weights, call_.q.dim);
+        k_.weight = weight(call_.k_norm, at_.k_norm, weights + call_.q.dim, call_.k.dim);
+        stage_ = reinterpret_cast<std::byte*>(weights + call_.q.dim + call_.k.dim);
+        // K and V that no heads kernel reads are asked for here.
+        if (plan_.k_route_ == Plan::Route::copy && plan_.k_back_ == nullptr) k_ahead_ = copy_ahead(call_.k);
+        if (plan_.v_route_ != Plan::Route::none) v_ahead_ = copy_ahead(call_.v);
     }
 
     void units(std::int64_t begin, std::int64_t end) {
         const std::int64_t ahead = stream_k_ ? 2 * kAhead : kAhead;
-        const std::int64_t first = begin / plan_.parts_;
         const std::int64_t last = (end - 1) / plan_.parts_;
-        announce_first(first);
-        for (std::int64_t t = first + 1; t < first + ahead && t <= last; ++t) announce(t);
+        std::int64_t t = begin / plan_.parts_;
+        std::int64_t part = begin % plan_.parts_;
+        announce_first(t);
+        for (std::int64_t next = t + 1; next < t + ahead && next <= last; ++next) announce(next);
         for (std::int64_t unit = begin; unit < end; ++unit) {
-            const std::int64_t t = unit / plan_.parts_;
-            const std::int64_t part = unit % plan_.parts_;
             if (part == 0) {
                 if (t + ahead <= last) announce(t + ahead);
-                announce_copied(t, last);
+                if (k_ahead_ > 0 && t + k_ahead_ <= last) k_lines_.ask<false>(row(at_.k, call_.k, t + k_ahead_));
+                if (v_ahead_ > 0 && t + v_ahead_ <= last) v_lines_.ask<false>(row(at_.v, call_.v, t + v_ahead_));
+                q_.ahead = k_.ahead = v_.ahead = t < last ? kHeadsAhead : 0;
             }
-            heads_ahead_ = t < last ? kHeadsAhead : 0;
             token(t, part);
+            if (++part == plan_.parts_) {
+                part = 0;
+                ++t;
+            }
         }
         if (stream_k_ || stream_v_) plan_.kernels_.stream_fence();
     }
@@ -127,6 +129,26 @@ private:
         std::int64_t count;
     };
 
+    template <class Byte>
+    static Byte* row(Byte* base, const Rows& rows, std::int64_t t) {
+        return base + t * rows.token_stride;
+    }
+
+    static std::int64_t copy_ahead(const Rows& rows) {
+        return std::max<std::int64_t>(1, kCopyAhead / std::max<std::int64_t>(1, row_bytes(rows)));
+    }
+
+    // What is the same for every token.
+    Heads job(const Rows& rows, const Scales& scales, std::int64_t rotary_dim) const {
+        Heads heads = {};
+        heads.src_stride = rows.head_stride;
+        heads.dim = rows.dim;
+        heads.rotary_dim = rotary_dim;
+        heads.eps = call_.norm_eps;
+        heads.scale_stride = scales.stride;
+        return heads;
+    }
+
     const float* weight(DType dtype, const std::byte* src, float* space, std::int64_t dim) const {
         if (dtype == DType::none) return nullptr;
         plan_.kernels_.widen(dtype, src, space, dim);
@@ -134,6 +156,7 @@ private:
     }
 
     HeadRange share(std::int64_t heads, std::int64_t part) const {
+        if (plan_.parts_ == 1) return {0, heads};
         const std::int64_t first = heads * part / plan_.parts_;
         return {first, heads * (part + 1) / plan_.parts_ - first};
     }
@@ -148,16 +171,10 @@ private:
 
     // The first token has none before it that would hide the wait for its rows: all are asked for at once.
     void announce_first(std::int64_t t) const {
-        if (call_.q.heads > 0) announce_heads(call_.q, at_.q, t);
+        q_lines_.ask<false>(row(at_.q, call_.q, t));
         announce(t);
-        if (call_.k.heads > 0) announce_heads(call_.k, at_.k, t);
-        if (call_.v.heads > 0) announce_heads(call_.v, at_.v, t);
-    }
-
-    static void announce_heads(const Rows& rows, const std::byte* base, std::int64_t t) {
-        const std::byte* row = base + t * rows.token_stride;
-        const std::int64_t bytes = rows.dim * size_of(rows.dtype);
-        for (std::int64_t h = 0; h < rows.heads; ++h) prefetch<false>(row + h * rows.head_stride, bytes);
+        k_lines_.ask<false>(row(at_.k, call_.k, t));
+        v_lines_.ask<false>(row(at_.v, call_.v, t));
     }
 
     // Positions and slots jump about: the pages of a row (and the lines, unless they are streamed past the caches) are
@@ -170,38 +187,8 @@ private:
         }
         const std::int64_t slot = plan_.slots_ > 0 ? find_slot(t) : -1;
         if (slot < 0) return;
-        if (call_.k.heads > 0) announce_row(call_.k_pool, at_.k_pool, slot, call_.k, stream_k_);
-        if (call_.v.heads > 0) announce_row(call_.v_pool, at_.v_pool, slot, call_.v, stream_v_);
-    }
-
-    // K and V that no heads kernel reads.
-    void announce_copied(std::int64_t t, std::int64_t last) const {
-        if (plan_.k_route_ == Plan::Route::copy && plan_.k_back_ == nullptr) announce_source(call_.k, at_.k, t, last);
-        if (plan_.v_route_ != Plan::Route::none) announce_source(call_.v, at_.v, t, last);
-    }
-
-    static void announce_source(const Rows& rows, const std::byte* base, std::int64_t t, std::int64_t last) {
-        const std::int64_t bytes = row_bytes(rows);
-        t += std::max<std::int64_t>(1, kCopyAhead / bytes);
-        if (t > last) return;
-        const std::byte* row = base + t * rows.token_stride;
-        const bool whole = rows.head_stride * rows.heads == bytes;
-        for (std::int64_t h = 0; h < (whole ? 1 : rows.heads); ++h) {
-            prefetch<false>(row + h * rows.head_stride, whole ? bytes : bytes / rows.heads);
-        }
-    }
-
-    static void announce_row(const Plane& plane, const std::byte* base, std::int64_t slot, const Rows& rows,
-                             bool stream) {
-        if (plane.dim_group < rows.dim) return;
-        const std::byte* row = base + slot_offset(plane, slot);
-        std::int64_t bytes = rows.dim * size_of(plane.dtype);
-        std::int64_t pieces = rows.heads;
-        if (plane.head_stride == bytes) {
-            bytes *= pieces;
-            pieces = 1;
-        }
-        for (std::int64_t i = 0; i < pieces; ++i) prefetch<true>(row + i * plane.head_stride, stream ? 1 : bytes);
+        k_pool_lines_.ask<true>(at_.k_pool + plan_.k_offsets_.of(slot));
+        v_pool_lines_.ask<true>(at_.v_pool + plan_.v_offsets_.of(slot));
     }
 
     // Null: the position lies outside the cache.
@@ -220,24 +207,26 @@ private:
     bool find_rotation(std::int64_t t) {
         const Rotary& rotary = call_.rotary;
         const int streams = rotary.streams.empty() ? 1 : 3;
-        TableRow row = {};
+        TableRow row;
         for (int s = 0; s < streams; ++s) {
             row.rows[s] = table_row(t, s);
             if (row.rows[s] == nullptr) return false;
         }
+        const float* cos = cos_;
+        const float* sin = sin_;
         if (plan_.table_ == nullptr) {
-            row_cos_ = reinterpret_cast<const float*>(row.rows[0]);
-            row_sin_ = row_cos_ + rotary.rotary_dim / 2;
-            return true;
+            cos = reinterpret_cast<const float*>(row.rows[0]);
+            sin = cos + rotary.rotary_dim / 2;
+        } else {
+            row.mask1 = streams == 1 ? nullptr : plan_.mask1_.data();
+            row.mask2 = plan_.mask2_.data();
+            row.half = rotary.rotary_dim / 2;
+            row.cos = cos_;
+            row.sin = sin_;
+            plan_.table_(row);
         }
-        row.mask1 = streams == 1 ? nullptr : plan_.mask1_.data();
-        row.mask2 = plan_.mask2_.data();
-        row.half = rotary.rotary_dim / 2;
-        row.cos = cos_;
-        row.sin = sin_;
-        plan_.table_(row);
-        row_cos_ = cos_;
-        row_sin_ = sin_;
+        q_.cos = k_.cos = cos;
+        q_.sin = k_.sin = sin;
         return true;
     }
 
@@ -252,88 +241,71 @@ private:
         return slot < plan_.slots_ ? slot : -1;
     }
 
-    Heads job(const Rows& rows, const std::byte* base, std::int64_t t, HeadRange range) const {
-        Heads heads = {};
-        heads.src = base + t * rows.token_stride + range.first * rows.head_stride;
-        heads.src_stride = rows.head_stride;
-        heads.heads = range.count;
-        heads.dim = rows.dim;
-        heads.eps = call_.norm_eps;
-        heads.ahead = heads_ahead_;
-        return heads;
-    }
-
-    void with_rotation(Heads& heads, const float* weight) const {
-        heads.rotary_dim = call_.rotary.rotary_dim;
-        heads.cos = row_cos_;
-        heads.sin = row_sin_;
-        heads.weight = weight;
-    }
-
     static void with_scale(Heads& heads, const Scales& scales, const std::byte* base, HeadRange range) {
-        if (!scales.present) return;
-        heads.scale = base + range.first * scales.stride;
-        heads.scale_stride = scales.stride;
+        if (scales.present) heads.scale = base + range.first * scales.stride;
     }
 
-    void move_q(std::int64_t t, HeadRange range) const {
-        Heads heads = job(call_.q, at_.q, t, range);
-        with_rotation(heads, q_weight_);
-        with_scale(heads, call_.q_scale, at_.q_scale, range);
+    void move_q(std::int64_t t, HeadRange range) {
         const bool in_place = call_.q_out.dtype == DType::none;
         const Rows& out = in_place ? call_.q : call_.q_out;
-        heads.dst = (in_place ? at_.q : at_.q_out) + t * out.token_stride + range.first * out.head_stride;
-        heads.dst_stride = out.head_stride;
-        plan_.q_heads_(heads);
+        q_.src = row(at_.q, call_.q, t) + range.first * call_.q.head_stride;
+        q_.dst = row(in_place ? at_.q : at_.q_out, out, t) + range.first * out.head_stride;
+        q_.dst_stride = out.head_stride;
+        q_.heads = range.count;
+        with_scale(q_, call_.q_scale, at_.q_scale, range);
+        plan_.q_heads_(q_);
     }
 
     // K is read for the pool before it is overwritten, unless the pool takes a copy of what is written back.
     void move_k(std::int64_t t, std::int64_t slot, HeadRange range) {
-        Heads heads = job(call_.k, at_.k, t, range);
-        with_rotation(heads, k_weight_);
+        std::byte* const src = row(at_.k, call_.k, t) + range.first * call_.k.head_stride;
+        k_.src = src;
+        k_.heads = range.count;
+        std::byte* const pool_row = slot < 0 ? nullptr : at_.k_pool + plan_.k_offsets_.of(slot);
         const bool copies = plan_.k_route_ == Plan::Route::copy;
-        if (slot >= 0 && !copies) {
-            with_scale(heads, call_.k_scale, at_.k_scale, range);
-            store(plan_.k_route_, plan_.k_store_, heads, call_.k_pool, at_.k_pool, slot, range, stream_k_);
-            heads.scale = nullptr;
+        if (pool_row != nullptr && !copies) {
+            with_scale(k_, call_.k_scale, at_.k_scale, range);
+            store(plan_.k_route_, plan_.k_store_, k_, call_.k_pool, pool_row, range, stream_k_);
         }
         if (plan_.k_back_ != nullptr) {
-            heads.dst = at_.k + (heads.src - at_.k);
-            heads.dst_stride = heads.src_stride;
-            plan_.k_back_(heads);
+            k_.dst = src;
+            k_.dst_stride = k_.src_stride;
+            k_.scale = nullptr;
+            plan_.k_back_(k_);
         }
-        if (slot >= 0 && copies) {
-            store(plan_.k_route_, nullptr, heads, call_.k_pool, at_.k_pool, slot, range, stream_k_);
+        if (pool_row != nullptr && copies) {
+            store(plan_.k_route_, nullptr, k_, call_.k_pool, pool_row, range, stream_k_);
         }
     }
 
     void move_v(std::int64_t t, std::int64_t slot, HeadRange range) {
-        Heads heads = job(call_.v, at_.v, t, range);
+        v_.src = row(at_.v, call_.v, t) + range.first * call_.v.head_stride;
+        v_.heads = range.count;
+        std::byte* const pool_row = at_.v_pool + plan_.v_offsets_.of(slot);
         if (plan_.v_route_ == Plan::Route::tiles) {
             if (range.count == 0) return;
-            std::byte* row = at_.v_pool + slot_offset(call_.v_pool, slot);
-            plan_.kernels_.tiles(call_.v.dtype, heads.src, row, row + call_.tile_scales, call_.v.dim);
+            plan_.kernels_.tiles(call_.v.dtype, v_.src, pool_row, pool_row + call_.tile_scales, call_.v.dim);
             return;
         }
-        with_scale(heads, call_.v_scale, at_.v_scale, range);
-        store(plan_.v_route_, plan_.v_store_, heads, call_.v_pool, at_.v_pool, slot, range, stream_v_);
+        with_scale(v_, call_.v_scale, at_.v_scale, range);
+        store(plan_.v_route_, plan_.v_store_, v_, call_.v_pool, pool_row, range, stream_v_);
     }
 
-    void store(Plan::Route route, HeadsFn fn, Heads& heads, const Plane& plane, std::byte* base, std::int64_t slot,
-               HeadRange range, bool stream) {
-        std::byte* row = base + slot_offset(plane, slot) + range.first * plane.head_stride;
+    void store(Plan::Route route, HeadsFn fn, Heads& heads, const Plane& plane, std::byte* pool_row, HeadRange range,
+               bool stream) {
+        pool_row += range.first * plane.head_stride;
         const std::byte* from = heads.src;
         std::int64_t from_stride = heads.src_stride;
         if (route != Plan::Route::copy) {
             const bool direct = route == Plan::Route::direct && !stream;
-            heads.dst = direct ? row : stage_;
+            heads.dst = direct ? pool_row : stage_;
             heads.dst_stride = direct ? plane.head_stride : heads.dim * size_of(plane.dtype);
             fn(heads);
             if (direct) return;
             from = stage_;
             from_stride = heads.dst_stride;
         }
-        put(plane, row, from, from_stride, heads.dim, range.count, stream);
+        put(plane, pool_row, from, from_stride, heads.dim, range.count, stream);
     }
 
     void put(const Plane& plane, std::byte* row, const std::byte* from, std::int64_t from_stride, std::int64_t dim,
@@ -353,15 +325,20 @@ private:
     const Plan& plan_;
     const Call& call_;
     const Pointers& at_;
-    bool stream_k_;
-    bool stream_v_;
+    const bool stream_k_;
+    const bool stream_v_;
+    const Lines q_lines_;
+    const Lines k_lines_;
+    const Lines v_lines_;
+    const Lines k_pool_lines_;
+    const Lines v_pool_lines_;
+    std::int64_t k_ahead_ = 0;  // tokens; 0: not asked for
+    std::int64_t v_ahead_ = 0;
     float* cos_;
     float* sin_;
-    const float* row_cos_ = nullptr;
-    const float* row_sin_ = nullptr;
-    std::int64_t heads_ahead_ = 0;
-    const float* q_weight_;
-    const float* k_weight_;
+    Heads q_;
+    Heads k_;
+    Heads v_;
     std::byte* stage_;
 };
 
