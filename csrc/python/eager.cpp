@@ -322,7 +322,9 @@ NB_MODULE(_eager, m) {
         .def(nb::init<std::size_t, std::size_t, const Torch&, nb::handle, nb::handle>(), nb::arg("tensors"),
              nb::arg("options"), nb::arg("torch"), nb::arg("tensor_type"), nb::arg("parameter_type"))
         .def("find", &Launches::find, nb::arg("args"), nb::arg("options"), nb::arg("backend").none())
-        .def("keep", &Launches::keep, nb::arg("args"), nb::arg("options"), nb::arg("backend").none(), nb::arg("launch"))
+        .def("epoch", &Launches::epoch)
+        .def("keep", &Launches::keep, nb::arg("args"), nb::arg("options"), nb::arg("backend").none(), nb::arg("launch"),
+             nb::arg("epoch"))
         .def("clear", &Launches::clear)
         .def("__len__", &Launches::size);
     nb::class_<Entry>(m, "Entry")

@@ -177,16 +177,22 @@ public:
         return kept == nullptr ? nb::none() : kept->launch;
     }
 
-    void keep(const nb::tuple& args, const nb::tuple& options, nb::handle backend, nb::object launch) {
+    // How often all launches were forgotten.
+    std::uint64_t epoch() const { return epoch_; }
+
+    // Not where all launches were forgotten after `epoch`, while this one was bound.
+    void keep(const nb::tuple& args, const nb::tuple& options, nb::handle backend, nb::object launch,
+              std::uint64_t epoch) {
         Signature signature;
         Addresses addresses;
-        if (!describe_all(args, options, backend, signature, addresses) || look_up(signature) != nullptr) return;
+        if (!describe_all(args, options, backend, signature, addresses)) return;
         const NativeLaunch* native = nullptr;
         if (nb::hasattr(launch, "native")) {
             const nb::object capsule = launch.attr("native");
             native = static_cast<const NativeLaunch*>(PyCapsule_GetPointer(capsule.ptr(), ropool::kNativeLaunch));
             if (native == nullptr) throw nb::python_error();
         }
+        if (epoch != epoch_ || look_up(signature) != nullptr) return;
         kept_.push_back({signature.hash(), signature.words(), std::move(launch), native});
         if (2 * kept_.size() > index_.size()) {
             index_.assign(2 * index_.size(), 0);
@@ -199,6 +205,7 @@ public:
     void clear() {
         std::vector<Kept> dropped;  // lives until the table is whole again: letting go of a launch may run Python code
         dropped.swap(kept_);
+        ++epoch_;
         index_.assign(64, 0);
     }
 
@@ -241,6 +248,7 @@ private:
     Torch torch_;
     nb::object tensor_type_, parameter_type_, requires_grad_;
     std::vector<Kept> kept_;
+    std::uint64_t epoch_ = 0;
     std::vector<std::uint32_t> index_;  // hash -> 1 + place in `kept_`, 0: free; a power of two
 };
 

@@ -3,6 +3,7 @@ attributes tell apart, runs no Python, and leaves every other call to the defini
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -63,12 +64,12 @@ def test_equal_metadata_and_nothing_else_finds_a_launch() -> None:
     pairs: list[tuple[Any, Any]] = list(itertools.product([*TENSORS, None], repeat=2))
     for index, kept in enumerate(pairs):
         for table in made(2, 0):
-            table.keep(kept, (), None, launch)
+            table.keep(kept, (), None, launch, table.epoch())
             for other, args in enumerate(pairs):
                 assert (table.find(args, (), None) is launch) == (index == other), (kept, args)
     for table in made(1, 0):
         for tensor in TENSORS:
-            table.keep((tensor,), (), None, launch)
+            table.keep((tensor,), (), None, launch, table.epoch())
             again = torch.empty_strided(
                 tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
             )
@@ -87,7 +88,7 @@ def test_equal_options_and_nothing_else_find_a_launch() -> None:
     pairs: list[tuple[Any, ...]] = list(itertools.product(OPTIONS, repeat=2))
     for index, kept in enumerate(pairs):
         for table in made(0, 2):
-            table.keep((), kept, None, launch)
+            table.keep((), kept, None, launch, table.epoch())
             for other, options in enumerate(pairs):
                 assert (table.find((), options, None) is launch) == (index == other)
             assert table.find((), kept, "cpu") is None
@@ -96,7 +97,7 @@ def test_equal_options_and_nothing_else_find_a_launch() -> None:
 def test_a_table_holds_many() -> None:
     for table in made(1, 1):
         for size in range(1000):
-            table.keep((torch.empty(size),), (size,), "cpu", launch)
+            table.keep((torch.empty(size),), (size,), "cpu", launch, table.epoch())
         assert len(table) == 1000
         for size in range(1000):
             assert table.find((torch.empty(size),), (size,), "cpu") is launch
@@ -106,21 +107,21 @@ def test_a_table_holds_many() -> None:
 @pytest.mark.parametrize("value", [1.0, "q", [torch.ones(3)], object()])
 def test_what_is_no_tensor_is_never_kept(value: Any) -> None:
     for table in made(1, 0):
-        table.keep((value,), (), None, launch)
+        table.keep((value,), (), None, launch, table.epoch())
         assert len(table) == 0
         assert table.find((value,), (), None) is None
 
 
 def test_a_sparse_tensor_is_not_taken_for_a_plain_one() -> None:
     for table in made(1, 0):
-        table.keep((torch.ones(3),), (), None, launch)
+        table.keep((torch.ones(3),), (), None, launch, table.epoch())
         assert table.find((torch.ones(3),), (), None) is launch
         assert table.find((torch.ones(3).to_sparse(),), (), None) is None
 
 
 def test_a_negated_view_is_not_taken_for_a_plain_one() -> None:
     for table in made(1, 0):
-        table.keep((torch.ones(3),), (), None, launch)
+        table.keep((torch.ones(3),), (), None, launch, table.epoch())
         assert table.find((torch._neg_view(torch.ones(3)),), (), None) is None
 
 
@@ -257,6 +258,36 @@ def test_settings_hold_for_a_call_that_was_made_before() -> None:
             ropool.rope_(*args)
     ropool.rope_(*args)
     assert cache.chosen["rope_"] == chosen
+
+
+@pytest.mark.parametrize("way", ["compiled", "attributes"])
+def test_a_launch_that_other_settings_have_overtaken_is_not_remembered(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when another thread changes them while this one binds."""
+    call: Callable[..., None] = ropool.rope_
+    if way == "attributes":
+        table = ByAttributes()
+        monkeypatch.setattr(cache, "_tables", [*cache._tables, table])
+        monkeypatch.setattr(rope.OP, "launches", table)
+        call = getattr(call, "__wrapped__", call)
+    args = rope_arguments()
+    bind = rope.OP.bind
+    with contextlib.ExitStack() as stack, monkeypatch.context() as patch:
+
+        def overtaken(*call: Any) -> Any:
+            bound = bind(*call)
+            stack.enter_context(settings.override(backend="reference"))
+            return bound
+
+        patch.setattr(rope.OP, "bind", overtaken)
+        call(*args)
+        assert len(rope.OP.launches) == 0
+        patch.undo()
+        for _ in range(2):
+            call(*args)
+            assert cache.chosen["rope_"] == "reference/rope"
+        assert len(rope.OP.launches) == 1
 
 
 def test_an_error_in_a_launch_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +83,23 @@ def test_the_preferred_kernel_that_covers_the_call_is_chosen(fake_backend: None)
     ropool.rope_(*rope_arguments(torch.float32))
     assert runs == ["fake"]
     assert cache.chosen["rope_"] == "fake/k"
+
+
+def test_a_choice_that_other_settings_have_overtaken_is_not_remembered(
+    fake_backend: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when another thread changes them while this one chooses."""
+    with ExitStack() as stack:
+
+        def overtaken(*question: Any) -> Any:
+            reports = explain(*question)
+            stack.enter_context(settings.override(backend="reference"))
+            return reports
+
+        monkeypatch.setattr(sys.modules["ropool.dispatch.select"], "explain", overtaken)
+        assert select("rope_", CPU, KEY).label == "fake/k"
+        monkeypatch.undo()
+        assert select("rope_", CPU, KEY).label == "reference/rope"
 
 
 def test_an_uncovered_call_falls_through(fake_backend: None) -> None:

@@ -206,6 +206,24 @@ def write_some(folder: Path, first: int) -> None:
         tuning.write(Table("reference", "Some GPU", {}, {}, entries), folder)
 
 
+def test_a_table_that_was_written_while_it_was_read_is_read_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when another thread tunes."""
+    read = tuning._read
+
+    def overtaken(*file: Any) -> Any:
+        found = read(*file)
+        monkeypatch.setattr(tuning, "_read", read)
+        tuning.write(table(t8=1), folder)
+        tuning.forget()
+        return found
+
+    monkeypatch.setattr(tuning, "_read", overtaken)
+    assert tuning.choice_of("reference", "Some GPU", KEY, 8) is None
+    assert tuning.choice_of("reference", "Some GPU", KEY, 8) == {"rows": 1}
+
+
 def test_a_trial_goes_before_every_table(folder: Path) -> None:
     tuning.write(table(t8=1), folder)
     ropool.rope_(torch.ones(1, 2, 8), None, torch.ones(4, 8), torch.zeros(1, dtype=torch.int32))

@@ -23,6 +23,8 @@ class Table(Protocol):
 
 
 selections: dict[Hashable, Any] = {}
+"""Another dictionary each time that decisions are forgotten: who takes it before deciding remembers
+nothing that other threads have overtaken."""
 chosen: dict[str, str] = {}
 """op -> label of the kernel that the last bound call of it got."""
 _tables: list[Table] = []
@@ -45,8 +47,9 @@ def launches() -> int:
 
 
 def clear() -> None:
-    """Forget every decision."""
+    """Forget every decision, those included that other threads are about to make."""
+    global selections
     for table in _tables:
         table.clear()
-    selections.clear()
+    selections = {}
     chosen.clear()

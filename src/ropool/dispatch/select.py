@@ -65,7 +65,8 @@ def select(op: str, device: Device, key: Key, backend: str | None = None) -> Ker
     the call.
     """
     question = (op, device, key, backend)
-    found = cache.selections.get(question)
+    selections = cache.selections
+    found = selections.get(question)
     if found is not None:
         return found
     if backend is not None and backend not in {spec.name for spec in registry.backends()}:
@@ -75,7 +76,7 @@ def select(op: str, device: Device, key: Key, backend: str | None = None) -> Ker
     reports = explain(op, device, key, backend)
     for report in reports:
         if report.chosen:
-            cache.selections[question] = report.kernel
+            selections[question] = report.kernel
             return report.kernel
     wanted = backend or current().backend
     relevant = [r for r in reports if wanted is None or r.kernel.backend == wanted]

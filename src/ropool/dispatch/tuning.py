@@ -139,7 +139,8 @@ _trial: Choice | None = None
 def table_of(backend: str, device: str) -> Table:
     """What is known of `backend` on `device`: ropool's table, and the user's in front of it. Empty
     when neither exists. Read once a process."""
-    found = _tables.get((backend, device))
+    tables = _tables
+    found = tables.get((backend, device))
     if found is None:
         name = file_name(backend, device)
         found = Table(backend, device)
@@ -149,7 +150,7 @@ def table_of(backend: str, device: str) -> Table:
         users = _read(user_folder() / name, backend, device)
         if users is not None:
             found.update(users)
-        _tables[backend, device] = found
+        tables[backend, device] = found
     return found
 
 
@@ -173,5 +174,6 @@ def trying(choice: Choice) -> Iterator[None]:
 
 def forget() -> None:
     """Read the tables anew, and decide every call anew."""
-    _tables.clear()
+    global _tables
+    _tables = {}
     cache.clear()

@@ -64,10 +64,20 @@ class Launches(Protocol):
     def find(self, args: Args, options: tuple[Any, ...], backend: str | None) -> Launch | None:
         """The launch of an equal call."""
 
+    def epoch(self) -> Any:
+        """What `keep` asks for: read before a launch is bound, it tells whether all were forgotten
+        since."""
+
     def keep(
-        self, args: Args, options: tuple[Any, ...], backend: str | None, launch: Launch
+        self,
+        args: Args,
+        options: tuple[Any, ...],
+        backend: str | None,
+        launch: Launch,
+        epoch: Any,
     ) -> None:
-        """Remember `launch` for equal calls."""
+        """Remember `launch` for equal calls, unless all were forgotten after `epoch`: another
+        thread has changed what it was bound by."""
 
     def clear(self) -> None:
         """Forget all."""
@@ -87,14 +97,22 @@ class ByAttributes:
         except _UNUSUAL:
             return None
 
+    def epoch(self) -> Any:
+        return self._kept
+
     def keep(
-        self, args: Args, options: tuple[Any, ...], backend: str | None, launch: Launch
+        self,
+        args: Args,
+        options: tuple[Any, ...],
+        backend: str | None,
+        launch: Launch,
+        epoch: Any,
     ) -> None:
         with contextlib.suppress(*_UNUSUAL):
-            self._kept[_signature(args, options, backend)] = launch
+            epoch[_signature(args, options, backend)] = launch
 
     def clear(self) -> None:
-        self._kept.clear()
+        self._kept = {}
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -117,9 +117,10 @@ class Op:
     def _run(self, args: Args, options: tuple[Any, ...], backend: str | None) -> None:
         launch = self.launches.find(args, options, backend)
         if launch is None:
-            _, launch = self.bind(args, options, backend)
             cache.make_room(self.launches)
-            self.launches.keep(args, options, backend, launch)
+            epoch = self.launches.epoch()
+            _, launch = self.bind(args, options, backend)
+            self.launches.keep(args, options, backend, launch, epoch)
         launch(args)
 
     def _below_autograd(self, registered: Callable[..., None]) -> Callable[..., None]:
