@@ -156,8 +156,8 @@ def under(
     """Run a command under a tool; return what both print."""
     sanitizer = ["compute-sanitizer", "--tool", tool, *TOOLS[tool]]
     sanitizer += ["--target-processes", "application-only"]
-    # For its backtraces the tool keeps the frames of Python that it finds at a launch: their
-    # tensors would live on, and no access after their end would be seen.
+    # For backtraces the releases 2025.1 to 2025.4 keep the frames of Python that they find at a
+    # launch: their tensors would live on, and no access after their end would be seen.
     sanitizer += ["--show-backtrace", "no"]
     sanitizer += ["--kernel-name", f"kernel_substring={KERNELS[backend]}"]
     with tempfile.TemporaryFile("w+") as log:
