@@ -66,10 +66,6 @@ def expected(op: str, args: Mapping[str, Any]) -> list[Expected]:
 # --- integers: which token goes where -------------------------------------------------------------
 
 
-def _ints(tensor: torch.Tensor | None) -> Any:
-    return None if tensor is None else tensor.cpu().numpy().astype(object)
-
-
 def _target_slot(args: Mapping[str, Any], token: int, slots: int) -> int | None:
     """The pool slot that `token` is written to, or None when the pool stays as it is."""
     slot = int(args["slot_mapping"][token])
@@ -97,25 +93,19 @@ def _stream_of(frequency: int, section: tuple[int, int, int], interleaved: bool)
 
 def _angles(args: Mapping[str, Any], token: int, table: Array) -> tuple[Array, Array] | None:
     """cos and sin `[R/2]` of a token, or None when it stands outside the table."""
-    positions = _ints(args["positions"])
-    streams = [positions[token]] if positions.ndim == 1 else list(positions[:, token])
-    if args.get("offsets") is not None:
-        offset = int(args["offsets"][token])
-        streams = [int(position) + offset for position in streams]
+    offset = 0 if args.get("offsets") is None else int(args["offsets"][token])
+    streams = [int(position) + offset for position in args["positions"][..., token].reshape(-1)]
     if any(not 0 <= position < len(table) for position in streams):
         return None
-    half = table.shape[1] // 2
-    cos, sin = np.zeros(half), np.zeros(half)
-    for i in range(half):
-        stream = 0
-        if len(streams) == 3:
-            stream = _stream_of(i, args["mrope_section"], args.get("mrope_interleaved", False))
-        cos[i] = table[streams[stream], i]
-        sin[i] = table[streams[stream], half + i]
-    return cos, sin
+    half = np.arange(table.shape[1] // 2)
+    position = np.full(len(half), streams[0])
+    if len(streams) == 3:
+        section, interleaved = args["mrope_section"], args.get("mrope_interleaved", False)
+        position = np.array([streams[_stream_of(i, section, interleaved)] for i in half])
+    return table[position, half], table[position, len(half) + half]
 
 
-# --- floats: one head of one token ----------------------------------------------------------------
+# --- floats: heads of one token, `[heads, D]`, or a row `[D]` -------------------------------------
 
 
 def _exact(value: Array) -> Row:
@@ -126,7 +116,7 @@ def _normed(row: Row, weight: Array | None, eps: float) -> Row:
     if weight is None:
         return row
     x = row.value
-    value = x / np.sqrt(np.mean(x * x) + eps) * weight
+    value = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
     return Row(value, NORM_STEPS * HALF_STEP * np.abs(value))
 
 
@@ -134,29 +124,27 @@ def _rotated(row: Row, cos: Array, sin: Array, interleaved: bool) -> Row:
     """The first `R` dims turned in pairs, the others as they are."""
     half = np.arange(len(cos))
     first, second = (2 * half, 2 * half + 1) if interleaved else (half, half + len(cos))
-    a, b = row.value[first], row.value[second]
+    a, b = row.value[..., first], row.value[..., second]
     value, slack = row.value.copy(), row.slack.copy()
-    value[first] = a * cos - b * sin
-    value[second] = b * cos + a * sin
+    value[..., first] = a * cos - b * sin
+    value[..., second] = b * cos + a * sin
     for one, other in ((first, second), (second, first)):
-        terms = np.abs(row.value[one] * cos) + np.abs(row.value[other] * sin)
-        inherited = row.slack[one] * np.abs(cos) + row.slack[other] * np.abs(sin)
-        slack[one] = inherited + ROTATE_STEPS * HALF_STEP * terms + TINY
+        terms = np.abs(row.value[..., one] * cos) + np.abs(row.value[..., other] * sin)
+        inherited = row.slack[..., one] * np.abs(cos) + row.slack[..., other] * np.abs(sin)
+        slack[..., one] = inherited + ROTATE_STEPS * HALF_STEP * terms + TINY
     return Row(value, slack)
 
 
-def _scaled(row: Row, scale: float | None) -> Row:
+def _scaled(row: Row, scale: Array | None) -> Row:
     if scale is None:
         return row
     value = row.value / scale
     return Row(value, row.slack / scale + DIVIDE_STEPS * HALF_STEP * np.abs(value))
 
 
-def _scale_of(scale: torch.Tensor | None, head: int) -> float | None:
-    if scale is None:
-        return None
-    flat = decode(scale).reshape(-1)
-    return float(flat[0] if len(flat) == 1 else flat[head])
+def _scale(scale: torch.Tensor | None) -> Array | None:
+    """One for each head, `[heads, 1]`, or one for all, `[1, 1]`."""
+    return None if scale is None else decode(scale).reshape(-1, 1)
 
 
 def _weight(args: Mapping[str, Any], name: str) -> Array | None:
@@ -176,9 +164,9 @@ def _slots_and_page(layout: str, k_pool: torch.Tensor) -> tuple[int, int]:
 
 
 def _pool_index(
-    layout: str, part: str, pool: torch.Tensor, slot: int, page_size: int, head: int, dim: Any
+    layout: str, part: str, pool: torch.Tensor, slot: int, page_size: int, head: Any, dim: Any
 ) -> tuple[Any, ...]:
-    """Where dim `dim` (one or an array of them) of a head of a slot stands in a pool tensor."""
+    """Where dim `dim` of head `head` of a slot stands in a pool tensor; both may be arrays."""
     page, row = slot // page_size, slot % page_size
     if layout == "slots":
         return slot, head, dim
@@ -194,10 +182,10 @@ def _pool_index(
     return page, head, row // x, dim, row % x
 
 
-def _store_head(out: Expected, pool: torch.Tensor, place: tuple[Any, ...], row: Row) -> None:
-    layout, part, slot, page_size, head = place
-    dims = np.arange(len(row.value))
-    out.put(_pool_index(layout, part, pool, slot, page_size, head, dims), row)
+def _store_heads(out: Expected, pool: torch.Tensor, place: tuple[Any, ...], rows: Row) -> None:
+    heads, dims = np.ogrid[: rows.value.shape[0], : rows.value.shape[1]]
+    layout, part, slot, page_size = place
+    out.put(_pool_index(layout, part, pool, slot, page_size, heads, dims), rows)
 
 
 # --- the ops --------------------------------------------------------------------------------------
@@ -215,16 +203,15 @@ def _rope(args: Mapping[str, Any]) -> list[Expected]:
             angles = _angles(args, token, table)
             if angles is None:
                 continue
-            for head in range(tensor.shape[1]):
-                row = _rotated(_exact(x[token, head]), *angles, args.get("interleaved", False))
-                _put_rotated(out, (token, head), row, table.shape[1])
+            rows = _rotated(_exact(x[token]), *angles, args.get("interleaved", False))
+            _put_rotated(out, token, rows, table.shape[1])
         results.append(out)
     return results
 
 
-def _put_rotated(out: Expected, index: tuple[int, ...], row: Row, width: int) -> None:
+def _put_rotated(out: Expected, token: int, rows: Row, width: int) -> None:
     """In place, the dims beyond `width` have nothing done to them: they keep their bits."""
-    out.put((*index, slice(width)), Row(row.value[:width], row.slack[:width]))
+    out.put((token, ..., slice(width)), Row(rows.value[..., :width], rows.slack[..., :width]))
 
 
 def _rope_store_kv(args: Mapping[str, Any]) -> list[Expected]:
@@ -245,32 +232,20 @@ def _rope_store_kv(args: Mapping[str, Any]) -> list[Expected]:
         angles = _angles(args, token, table)
         if angles is None:
             continue
-        for head in range(q.shape[1]):
-            row = _rotated(_normed(_exact(q[token, head]), q_weight, eps), *angles, style)
-            if to_q_out:
-                scaled = _scaled(row, _scale_of(args.get("q_scale"), head))
-                q_written.put((token, head), scaled)
-            else:
-                _put_rotated(q_written, (token, head), row, _changed(q_weight, table, q))
+        queries = _rotated(_normed(_exact(q[token]), q_weight, eps), *angles, style)
+        if to_q_out:
+            q_written.put((token,), _scaled(queries, _scale(args.get("q_scale"))))
+        else:
+            _put_rotated(q_written, token, queries, _changed(q_weight, table, q))
+        keys = _rotated(_normed(_exact(k[token]), k_weight, eps), *angles, style)
+        if args.get("write_k", False):
+            _put_rotated(k_written, token, keys, _changed(k_weight, table, k))
         slot = _target_slot(args, token, slots)
-        for head in range(k.shape[1]):
-            row = _rotated(_normed(_exact(k[token, head]), k_weight, eps), *angles, style)
-            if args.get("write_k", False):
-                _put_rotated(k_written, (token, head), row, _changed(k_weight, table, k))
-            if slot is not None:
-                place = (slot, page_size, head)
-                _store_head(
-                    k_pool,
-                    args["k_pool"],
-                    (layout, "k", *place),
-                    _scaled(row, _scale_of(args.get("k_scale"), head)),
-                )
-                _store_head(
-                    v_pool,
-                    args["v_pool"],
-                    (layout, "v", *place),
-                    _scaled(_exact(v[token, head]), _scale_of(args.get("v_scale"), head)),
-                )
+        if slot is not None:
+            keys = _scaled(keys, _scale(args.get("k_scale")))
+            values = _scaled(_exact(v[token]), _scale(args.get("v_scale")))
+            _store_heads(k_pool, args["k_pool"], (layout, "k", slot, page_size), keys)
+            _store_heads(v_pool, args["v_pool"], (layout, "v", slot, page_size), values)
     return [q_written, k_written, k_pool, v_pool]
 
 
@@ -288,10 +263,9 @@ def _store_kv(args: Mapping[str, Any]) -> list[Expected]:
         out, x = Expected.untouched(f"{part}_pool", pool), decode(args[part])
         for token in range(len(x)):
             slot = _target_slot(args, token, slots)
-            for head in range(0 if slot is None else x.shape[1]):
-                scale = _scale_of(args.get(f"{part}_scale"), head)
-                row = _scaled(_exact(x[token, head]), scale)
-                _store_head(out, pool, (layout, part, slot, page_size, head), row)
+            if slot is not None:
+                rows = _scaled(_exact(x[token]), _scale(args.get(f"{part}_scale")))
+                _store_heads(out, pool, (layout, part, slot, page_size), rows)
         results.append(out)
     return results
 
@@ -301,7 +275,7 @@ class _MlaPool:
 
     def __init__(self, args: Mapping[str, Any]) -> None:
         self.pool: torch.Tensor = args["pool"]
-        self.scale = _scale_of(args.get("scale"), 0)
+        self.scale = None if args.get("scale") is None else decode(args["scale"]).reshape(1)
         self.page_size = 1 if self.pool.dim() == 2 else self.pool.shape[1]
         self.slots = self.pool.shape[0] * self.page_size
         rows = tuple(self.pool.shape[:-1])
@@ -330,11 +304,11 @@ class _MlaPool:
         for tile in range(4):
             dims = slice(tile * TILE, (tile + 1) * TILE)
             x = latent.value[dims]
-            amax = max((abs(e) for e in x if not np.isnan(e)), default=0.0)
+            amax = np.max(np.abs(x), where=~np.isnan(x), initial=0.0)
             scale = max(min(amax, FLT_MAX) / 448.0, 2.0**-126)
             slack = 0.0 if scale == 2.0**-126 else 2 * HALF_STEP * scale
             self.parts[1].put((*index, tile), Row(np.array(scale), np.array(slack)))
-            self.parts[0].put((*index, dims), _scaled(_exact(x), scale))
+            self.parts[0].put((*index, dims), _scaled(_exact(x), np.array(scale)))
 
 
 def _store_mla(args: Mapping[str, Any]) -> list[Expected]:
@@ -357,9 +331,8 @@ def _rope_store_mla(args: Mapping[str, Any]) -> list[Expected]:
         angles = _angles(args, token, table)
         if angles is None:
             continue
-        for head in range(q.shape[1]):
-            row = _rotated(_exact(q[token, head]), *angles, style)
-            q_written.put((token, head), _scaled(row, _scale_of(args.get("q_scale"), head)))
+        queries = _rotated(_exact(q[token]), *angles, style)
+        q_written.put((token,), _scaled(queries, _scale(args.get("q_scale"))))
         turned = _rotated(_exact(rope[token]), *angles, style)
         if args.get("write_k", False):
             k_written.put((token,), turned)

@@ -13,6 +13,7 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
 
+import triton_backend.interpreter  # noqa: F401
 from ops import grids
 from ops.backend import Backend
 from ops.calls import FNUZ, check

@@ -37,6 +37,7 @@ def test_interpreted(part: str) -> None:
 @pytest.mark.parametrize("name", HAZARDS)
 def test_hazards_interpreted(name: str) -> None:
     file = str(TESTS / "ops" / f"{name}.py")
-    done = interpreted("pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", file)
+    plugins = ("-p", "no:cacheprovider", "-p", "triton_backend.interpreter")
+    done = interpreted("pytest", "-q", *plugins, "-k", "triton", file)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert re.search(r"^\d+ passed", done.stdout.splitlines()[-1]), done.stdout[-500:]
