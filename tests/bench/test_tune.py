@@ -230,3 +230,15 @@ def test_events_time_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     sample = events.EventTimer(CPU).prepare(call, [0.001, 0.003]).overlapping
     assert sample() == pytest.approx(2.0)
     assert sample() == pytest.approx(2.0)
+
+
+def test_prompts_fill_whole_pages() -> None:
+    subject = scratch.subject("rope_store_kv_", "4x2x32", "bfloat16", "plain")
+    assert subject is not None
+    call = scratch.arguments(subject, 512, CPU)
+    assert torch.equal(call["positions"], torch.arange(512))
+    pages = call["slot_mapping"].view(-1, 16)
+    assert torch.equal(pages - pages[:, :1], torch.arange(16).expand(32, 16))
+    assert not torch.equal(pages[:, 0], pages[:, 0].sort().values)
+    decode = scratch.arguments(subject, 16, CPU)
+    assert decode["slot_mapping"].div(16, rounding_mode="floor").unique().numel() == 16

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ropool.bench.inputs import MAX_POSITION, heads_in, make_table, normal
+from ropool.bench.inputs import (
+    DECODE_TOKENS,
+    MAX_POSITION,
+    PAGE,
+    heads_in,
+    make_indices,
+    make_table,
+    normal,
+)
 from ropool.bench.workload import Workload, combine, parse_heads
 from ropool.errors import RopoolError
 from ropool.kvcache.mla import DS_MLA_BYTES, DS_MLA_DIMS
@@ -88,20 +96,21 @@ def shape_of(heads: str) -> Workload:
 
 
 def arguments(subject: Subject, tokens: int, device: torch.device) -> dict[str, Any]:
-    """Arguments of one call. Queries, keys and values are views of one packed projection, slots a
-    random permutation, positions random."""
+    """Arguments of one call. Queries, keys and values are views of one packed projection, positions
+    and slots those of a decode batch or of a prompt, as `make_indices` has them."""
     shape = shape_of(subject.heads)
     dtype = getattr(torch, subject.dtype)
     parts = subject.parts
     packed_row = "fp8_ds_mla" in parts
     fp8 = "fp8" in parts or "fp8_pool" in parts
     pool_dtype = torch.float8_e4m3fn if fp8 else torch.uint8 if packed_row else dtype
-    slots = max(2 * tokens, 64)
-    mapping = torch.randperm(slots, device=device)[:tokens]
+    rows = max(MAX_POSITION, tokens)
+    pages = 2 * (tokens if tokens <= DECODE_TOKENS else -(-tokens // PAGE))
+    positions, mapping = (x.to(device) for x in make_indices(tokens, rows, pages))
+    slots = pages * PAGE
     rotation: dict[str, Any] = {}
     if subject.op.startswith("rope"):
-        positions = torch.randint(0, MAX_POSITION, (tokens,), device=device)
-        rotation = {"cos_sin_cache": table(shape.rotary_dim, device), "positions": positions}
+        rotation = {"cos_sin_cache": table(rows, shape.rotary_dim, device), "positions": positions}
     call = _mla(shape, tokens, dtype, device) if shape.mla else _kv(shape, tokens, dtype, device)
     q = call.pop("q_rope" if shape.mla else "q")
     if rotation:
@@ -132,9 +141,9 @@ def arguments(subject: Subject, tokens: int, device: torch.device) -> dict[str, 
 
 
 @functools.lru_cache(maxsize=1)
-def table(rotary_dim: int, device: torch.device) -> Tensor:
+def table(rows: int, rotary_dim: int, device: torch.device) -> Tensor:
     """The default cos/sin table, which all calls of a model share."""
-    return make_table(MAX_POSITION, rotary_dim, device)
+    return make_table(rows, rotary_dim, device)
 
 
 def _kv(shape: Workload, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
