@@ -295,6 +295,7 @@ SHAPES = {
     "few lanes": Shape(1, 1, 1, 32, True, False, lanes=8),
     "joint": Shape(4, 1, 1, 128, True, False, joint=True, loads="drop_first"),
     "short vectors": Shape(2, 2, 1, 64, True, True, vector_bytes=8),
+    "shortest vectors": Shape(1, 1, 1, 128, True, True, vector_bytes=4, joint=True),
     "early and joint": Shape(2, 1, 1, 64, True, True, joint=True),
 }
 

@@ -82,7 +82,7 @@ def test_rules_hold_for_what_was_not_measured() -> None:
         ({"bulk": True, "threads": 64}, "threads is 64; allowed: 1 to 32 where bulk"),
         ({"threads": 2048}, "threads is 2048; allowed: 1 to 1024"),
         ({"v_rows": "2"}, "v_rows is '2'; allowed: 1 to 8"),
-        ({"vector_bytes": 4}, "vector_bytes is 4; allowed: 8, 16, 32"),
+        ({"vector_bytes": 2}, "vector_bytes is 2; allowed: 4, 8, 16, 32"),
         ({"loads": "fast"}, "loads is 'fast'; allowed: plain, drop_first, line"),
         ({"columns": 2}, "unexpected keyword argument 'columns'"),
     ],

@@ -118,6 +118,8 @@ def arguments(subject: Subject, tokens: int, device: torch.device) -> dict[str, 
         if "fp8" in parts or "q_out" in parts:
             q_dtype = pool_dtype if fp8 else dtype
             call["q_out"] = torch.empty(q.shape, dtype=q_dtype, device=device)
+        if "fp8" in parts:
+            call["q_scale"] = torch.ones(1, device=device)
     call |= rotation
     if subject.op == "rope_":
         del call["v"]

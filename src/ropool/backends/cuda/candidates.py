@@ -14,7 +14,6 @@ from ropool.backends.cuda.choose import shape_of
 from ropool.backends.cuda.grid import grid_of
 from ropool.backends.cuda.launch import describe_aligned, source_of
 from ropool.backends.cuda.shape import LOADS, Shape, checked, narrowed, possible
-from ropool.backends.cuda.specialise import VECTOR_BYTES
 from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args
 from ropool.dispatch.tuning import Choice
@@ -23,6 +22,8 @@ EARLY_TOKENS = 16384
 """Calls of more tokens are bound by bandwidth on every GPU: prefetching early is not tried."""
 MANY_TOKENS = 1024
 """Calls of more tokens than so may be bound by bandwidth: what suits those is tried too."""
+FEW_TOKENS = 128
+"""Calls of no more tokens may last as long as one thread's work does."""
 THREADS = (64, 128, 256)
 LANES = (8, 12, 24, 32, 36)
 
@@ -74,7 +75,8 @@ def _shorter(choices: list[Choice], tokens: int) -> list[Choice]:
     """The same with shorter vectors, for calls that are bound by latency."""
     if tokens >= MANY_TOKENS:
         return []
-    return [{**choice, "vector_bytes": VECTOR_BYTES // 2} for choice in choices]
+    shorter = (8, 4) if tokens <= FEW_TOKENS else (8,)
+    return [{**choice, "vector_bytes": length} for length in shorter for choice in choices]
 
 
 def refinements(key: Key, tokens: int, choice: Choice) -> list[Choice]:

@@ -18,7 +18,7 @@ EMPTY: Mapping[str, str] = MappingProxyType({})
 LOADS = ("plain", "drop_first", "line")
 """What L2 does with rows that are read once: nothing special; drop them before others; fetch their
 whole lines of 128 bytes."""
-VECTORS = (VECTOR_BYTES // 2, VECTOR_BYTES, LONG_VECTOR_BYTES)
+VECTORS = (4, 8, VECTOR_BYTES, LONG_VECTOR_BYTES)
 
 
 class Shape(NamedTuple):

@@ -35,13 +35,14 @@ DEVICE void run_values(const Params& p, i64 first, int block) {
     for (int u = 0; u < UV; ++u) largest[u] = team_largest<V_TEAM>(largest[u]);
   }
   if (!valid || slot < 0) return;
+  if constexpr (!TILES) invert<V_SCALE, UV>(scale);
 
 #pragma unroll
   for (int u = 0; u < UV; ++u) {
     const int head = item.lane + u * V_LANES;
     if constexpr (TILES) {
       // Finite, so that an infinite latent saturates, and normal, so that a tile of zeros stays zero.
-      scale[u] = fmaxf(fminf(largest[u], 3.402823466e38f) / 448.0f, 1.17549435e-38f);
+      scale[u] = fmaxf(divided(fminf(largest[u], 3.402823466e38f), 448.0f, 1.0f / 448.0f), 1.17549435e-38f);
       if (item.unit == 0 && rows.present(item, u, 0)) {
         const u32 bits = __float_as_uint(scale[u]);
         store_bytes<4, V_POOL_ALIGN>(value_row(p, slot, 0) + HV * DV + 4 * head, &bits);

@@ -111,16 +111,32 @@ template <class F, int N, int WIDTH, bool KEEP = false> DEVICE void load_floats(
   }
 }
 
-// Quotients as of a division: a product with the inverse alone may round to the other side of a tie of
+// 1 / x. The division operator calls a subroutine for its rare cases, and every kernel with such a call
+// has a third more registers, so a third fewer loads in flight. Here they are inline: what is left of 1
+// is no number for zeros and infinities, and far from 1 powers of two keep it normal.
+DEVICE float inverse_of(float x) {
+  const float size = fabsf(x);
+  const float factor = size < 1e-30f ? 18446744073709551616.0f : size > 1e30f ? 1.0f / 18446744073709551616.0f : 1.0f;
+  const float near = x * factor;
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(near));
+  const float rest = fmaf(-near, inverse, 1.0f);
+  if (rest == rest) inverse = fmaf(inverse, rest, inverse);
+  return inverse * factor;
+}
+
+// A quotient as of a division: a product with the inverse alone may round to the other side of a tie of
 // the narrow format. What is left over of it is 0 for zeros and no number for infinities, which stay.
+DEVICE float divided(float x, float divisor, float inverse) {
+  const float quotient = x * inverse, rest = fmaf(-quotient, divisor, x);
+  const bool inexact = fabsf(rest) > 0.0f && fabsf(rest) <= 3.402823466e38f;
+  return inexact ? fmaf(rest, inverse, quotient) : quotient;
+}
+
 template <int N> DEVICE void divide_by(float* x, float divisor) {
-  const float inverse = 1.0f / divisor;
+  const float inverse = inverse_of(divisor);
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const float quotient = x[i] * inverse, rest = fmaf(-quotient, divisor, x[i]);
-    const bool inexact = fabsf(rest) > 0.0f && fabsf(rest) <= 3.402823466e38f;
-    x[i] = inexact ? fmaf(rest, inverse, quotient) : quotient;
-  }
+  for (int i = 0; i < N; ++i) x[i] = divided(x[i], divisor, inverse);
 }
 
 template <int N> DEVICE void scale_by(float* x, float factor) {

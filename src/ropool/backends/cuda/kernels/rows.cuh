@@ -198,17 +198,29 @@ template <class K> struct RmsNorm {
   }
 };
 
+DEVICE float load_float(const char* from) {
+  u32 bits;
+  load_cached<4, false>(from, &bits);
+  return __uint_as_float(bits);
+}
+
 // The fp8 scales of a thread's rows; `KIND` is 0 for none (1), 1 for one scale, 2 for one a head.
 template <class K, int KIND> DEVICE void load_scales(const char* scales, const Item& item, float* scale) {
+  float one = 1.0f;
+  if constexpr (KIND == 1) one = load_float(scales);
 #pragma unroll
   for (int u = 0; u < K::rows; ++u) {
-    scale[u] = 1.0f;
     const int head = item.lane + u * K::lanes;
-    u32 w;
-    if (KIND != 0 && head < K::heads) {
-      load_cached<4, false>(scales + (KIND == 2 ? head * 4 : 0), &w);
-      scale[u] = __uint_as_float(w);
-    }
+    scale[u] = KIND == 2 && head < K::heads ? load_float(scales + head * 4) : one;
+  }
+}
+
+// Their inverses, once every load has been issued.
+template <int KIND, int N> DEVICE void invert(float* scale) {
+#pragma unroll
+  for (int u = 0; u < N; ++u) {
+    if constexpr (KIND == 2) scale[u] = inverse_of(scale[u]);
+    if constexpr (KIND == 1) scale[u] = u > 0 ? scale[0] : inverse_of(scale[0]);
   }
 }
 

@@ -29,9 +29,11 @@ template <class F, class C, int V, int ALIGN> DEVICE void store_unit(char* row, 
   if (C::has_second(unit)) store_vector<F, V, 0, ALIGN>(row, 0, C::second(unit), w[1]);
 }
 
-// Write one unit of a value row; `scale` is that of its head or tile.
+// Write one unit of a value row; `factor` is the scale of its tile, or the
+// inverse of that of its head.
 template <class C, int V>
-DEVICE void store_value(const Params& p, i64 slot, int head, int unit, const u32 (*w)[words<Model, V>], float scale) {
+DEVICE void store_value(const Params& p, i64 slot, int head, int unit, const u32 (*w)[words<Model, V>],
+                        float factor) {
   char* row = value_row(p, slot, head);
   const int dim[2] = {C::first(unit), C::second(unit)};
 #pragma unroll
@@ -42,8 +44,8 @@ DEVICE void store_value(const Params& p, i64 slot, int head, int unit, const u32
     } else {
       float x[V];
       unpack<Model, V>(w[half], x);
-      if constexpr (TILES) divide_by<V>(x, scale);
-      else if constexpr (V_SCALE) scale_by<V>(x, 1.0f / scale);
+      if constexpr (TILES) divide_by<V>(x, factor);
+      else if constexpr (V_SCALE) scale_by<V>(x, factor);
       store_floats<VPool, V, V_GROUP, V_POOL_ALIGN>(row, p.v_dim_group, dim[half], x);
     }
   }

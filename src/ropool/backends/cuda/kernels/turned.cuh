@@ -40,7 +40,7 @@ template <class F, class K> DEVICE void packed(const Rows<K>& rows, const Item& 
 }
 
 DEVICE void store_queries(const Params& p, const Item& item, const Rows<Query>& rows, const RmsNorm<Query>& norm,
-                          const Angles<VQ>* angles, const float* scale) {
+                          const Angles<VQ>* angles, const float* inverse) {
 #pragma unroll
   for (int u = 0; u < UQ; ++u) {
     const int head = item.lane + u * Q_LANES;
@@ -53,8 +53,8 @@ DEVICE void store_queries(const Params& p, const Item& item, const Rows<Query>& 
       if constexpr (Q_OUT) {
         char* to = p.q_out + (item.token * p.q_out_token + head * p.q_out_head) * QOut::size;
         if constexpr (Q_SCALE) {
-          scale_by<VQ>(x[0], 1.0f / scale[u]);
-          scale_by<VQ>(x[1], 1.0f / scale[u]);
+          scale_by<VQ>(x[0], inverse[u]);
+          scale_by<VQ>(x[1], inverse[u]);
         }
         u32 w[2][words<QOut, VQ>];
         packed<QOut>(rows, item, u, j, x, w);
@@ -69,8 +69,8 @@ DEVICE void store_queries(const Params& p, const Item& item, const Rows<Query>& 
 }
 
 DEVICE void store_keys(const Params& p, const Item& item, i64 slot, const Rows<Key>& rows, const RmsNorm<Key>& norm,
-                       const Angles<VK>* angles, const float* scale, const Rows<MergedValue>& values,
-                       const float* value_scale) {
+                       const Angles<VK>* angles, const float* inverse, const Rows<MergedValue>& values,
+                       const float* value_inverse) {
 #pragma unroll
   for (int u = 0; u < UK; ++u) {
     const int head = item.lane + u * K_LANES;
@@ -91,15 +91,15 @@ DEVICE void store_keys(const Params& p, const Item& item, i64 slot, const Rows<K
         if (slot < 0) continue;
         char* to = key_row(p, slot, head);
         if constexpr (K_SCALE) {
-          scale_by<VK>(x[0], 1.0f / scale[u]);
-          scale_by<VK>(x[1], 1.0f / scale[u]);
+          scale_by<VK>(x[0], inverse[u]);
+          scale_by<VK>(x[1], inverse[u]);
         }
         u32 w[2][words<KPool, VK>];
         packed<KPool>(rows, item, u, j, x, w);
         store_vector<KPool, VK, K_GROUP, K_POOL_ALIGN>(to, p.k_dim_group, Key::Cut::first(unit), w[0]);
         if (Key::Cut::has_second(unit))
           store_vector<KPool, VK, K_GROUP, K_POOL_ALIGN>(to, p.k_dim_group, Key::Cut::second(unit), w[1]);
-        if constexpr (MERGED) store_value<Key::Cut, VK>(p, slot, head, unit, values.w[u][j], value_scale[u]);
+        if constexpr (MERGED) store_value<Key::Cut, VK>(p, slot, head, unit, values.w[u][j], value_inverse[u]);
       }
     }
   }
@@ -170,10 +170,15 @@ template <bool QUERIES, bool KEYS> DEVICE void run_turned(const Params& p, i64 f
   if constexpr (QUERIES && Q_NORM) q_norm.sum(queries, eps);
   if constexpr (KEYS && K_NORM) k_norm.sum(keys, eps);
   if (!place.valid) return;
-  if constexpr (QUERIES) store_queries(p, item, queries, q_norm, angles, q_scale);
+  if constexpr (QUERIES) {
+    invert<Q_SCALE, UQ>(q_scale);
+    store_queries(p, item, queries, q_norm, angles, q_scale);
+  }
   if constexpr (KEYS) {
     if (!WRITE_K && slot < 0) return;
     if constexpr (K_NORM && QUERIES) k_norm.load(p.k_norm, item);
+    invert<K_SCALE, UK>(k_scale);
+    if constexpr (values_too) invert<V_SCALE, UK>(v_scale);
     store_keys(p, item, slot, keys, k_norm, angles, k_scale, values, v_scale);
   }
 }
