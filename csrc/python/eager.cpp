@@ -219,11 +219,23 @@ PyObject* new_function(PyTypeObject* type, PyObject* args, PyObject*) {
     return reinterpret_cast<PyObject*>(self);
 }
 
-// As an attribute of a class it stays what it is.
-PyObject* get_function(PyObject* self, PyObject*, PyObject*) {
-    Py_INCREF(self);
-    return self;
+// As a function does: an instance of a class that has it gets a method.
+PyObject* get_function(PyObject* self, PyObject* instance, PyObject*) {
+    if (instance == nullptr || instance == Py_None) {
+        Py_INCREF(self);
+        return self;
+    }
+    static PyObject* method = nb::module_::import_("types").attr("MethodType").inc_ref().ptr();
+    PyObject* args[] = {self, instance};
+    return PyObject_Vectorcall(method, args, 2, nullptr);
 }
+
+// What the definition has by the name `name`.
+PyObject* get_of_definition(PyObject* self, void* name) {
+    return PyObject_GetAttrString(reinterpret_cast<Function*>(self)->definition, static_cast<const char*>(name));
+}
+
+PyObject* represent_function(PyObject* self) { return PyObject_Repr(reinterpret_cast<Function*>(self)->definition); }
 
 // Pickled and copied by name, as functions are.
 PyObject* reduce_function(PyObject* self, PyObject*) { return PyObject_GetAttrString(self, "__qualname__"); }
@@ -276,8 +288,19 @@ PyMemberDef function_members[] = {
     {nullptr, 0, 0, 0, nullptr},
 };
 
+PyGetSetDef of_definition(const char* name) {
+    return {name, get_of_definition, nullptr, nullptr, const_cast<char*>(name)};
+}
+
+// With these `inspect` takes it for a function where it does not ask for the class. That stays its own: by it
+// `torch.compile` knows that there is no frame of Python to look into.
 PyGetSetDef function_attributes[] = {
     {"__dict__", PyObject_GenericGetDict, PyObject_GenericSetDict, nullptr, nullptr},
+    of_definition("__code__"),
+    of_definition("__defaults__"),
+    of_definition("__kwdefaults__"),
+    of_definition("__globals__"),
+    of_definition("__closure__"),
     {nullptr, nullptr, nullptr, nullptr, nullptr},
 };
 
@@ -295,6 +318,7 @@ void* slot(F function) {
 PyType_Slot function_slots[] = {
     {Py_tp_new, slot(new_function)},
     {Py_tp_call, slot(PyVectorcall_Call)},
+    {Py_tp_repr, slot(represent_function)},
     {Py_tp_descr_get, slot(get_function)},
     {Py_tp_traverse, slot(traverse_function)},
     {Py_tp_clear, slot(clear_function)},

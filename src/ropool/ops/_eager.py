@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, ParamSpec
 
 import torch
@@ -44,7 +45,7 @@ def connect(
 ) -> Any:
     """Let the public function of an op look calls up in `launches`; `values` names tensors,
     options and backend in their order there. The compiled entry, `None` without one."""
-    if inspect.isfunction(public):
+    if type(public) is FunctionType:
         return None
     parameters = inspect.signature(public).parameters
     entry = _launches.native.Entry(
