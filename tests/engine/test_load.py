@@ -91,6 +91,23 @@ def test_a_gguf_file_is_converted_once(gguf_file: Path, cache: Path) -> None:
     assert answer(gguf_file) == tiny.greedy(tiny_files.tiny_model(), PROMPT, 12)[0]
 
 
+def test_a_gguf_file_is_parsed_once(
+    gguf_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parsing takes most of the time of a conversion, and the library wants it three times."""
+    parsed = []
+
+    class Reader(gguf_files.GGUFReader):  # type: ignore[misc]
+        def __init__(self, path: str, *mode: str) -> None:
+            parsed.append(path)
+            super().__init__(path, *mode)
+
+    monkeypatch.setattr(gguf_files, "GGUFReader", Reader)
+    gguf.converted(gguf_file, lambda message: None)
+    assert parsed == [str(gguf_file)]
+    assert gguf_files.GGUFReader is Reader
+
+
 def test_another_file_of_the_same_name_is_another_model(gguf_file: Path, tmp_path: Path) -> None:
     path = tmp_path / gguf_file.name
     shutil.copy(gguf_file, path)

@@ -6,12 +6,16 @@ Reading one takes the library many seconds, since it unpacks every weight and to
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -51,7 +55,8 @@ def converted(path: Path, report: Callable[[str], None]) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         report(f"converting {path.name} to safetensors in {directory} (once, about half a minute)")
         try:
-            _convert(path, partial)
+            with _parsed_once():
+                _convert(path, partial)
             os.rename(partial, directory)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -83,6 +88,33 @@ def _convert(path: Path, target: Path) -> None:
     except Exception as error:  # a full disk comes as an error of the safetensors package
         reason = str(error).strip().partition("\n")[0]
         raise RopoolError(f"cannot write the converted model to {target}: {reason}") from error
+
+
+_parsing = threading.Lock()
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Within it a file is parsed at most once, and the names of a family's tensors are put together
+    once. The library would do the first for the config, the weights and the tokenizer each, the
+    second for every module, and take three times as long."""
+    if find_spec("gguf") is None:
+        yield  # the library says so
+        return
+    import gguf
+
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    parsed = functools.cache(reader)
+
+    def parse(path: str | os.PathLike[str], *mode: str) -> Any:
+        return parsed(os.fspath(path), *mode)
+
+    with _parsing:
+        gguf.GGUFReader, gguf.get_tensor_name_map = parse, functools.cache(names)
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
 
 
 def _architecture(path: Path) -> str | None:
