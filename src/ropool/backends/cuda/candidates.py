@@ -63,7 +63,7 @@ def layouts(key: Key, tokens: int) -> list[Choice]:
         else:
             found += [shared | {"k_rows": n, "v_rows": n} for n in (1, 2, 4, 8)]
     found += _shorter(found, tokens)
-    if many:
+    if many and key.row_format == "model":
         found += [
             {"bulk": True, "threads": rows, "early": e}
             for rows, e in itertools.product((2, 4, 8, 16), early)
