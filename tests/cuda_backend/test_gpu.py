@@ -290,7 +290,8 @@ def test_software_fp8_is_the_hardwares(
 
 SHAPES = {
     "early": Shape(4, 2, 2, 64, True, True),
-    "bandwidth": Shape(2, 1, 1, 128, True, False, ahead=False, loads="line"),
+    "bandwidth": Shape(2, 1, 1, 128, True, False, ahead=False, loads="cached"),
+    "whole lines": Shape(2, 1, 1, 256, True, False, loads="line"),
     "plain": Shape(1, 1, 1, 96, False, False, lanes=24),
     "few lanes": Shape(1, 1, 1, 32, True, False, lanes=8),
     "joint": Shape(4, 1, 1, 128, True, False, joint=True, loads="drop_first"),

@@ -18,7 +18,7 @@ from ropool.dispatch.key import Key, Options
 from ropool.dispatch.spec import Args
 from ropool.dispatch.tuning import Choice
 
-EARLY_TOKENS = 16384
+EARLY_TOKENS = 4096
 """Calls of more tokens are bound by bandwidth on every GPU: prefetching early is not tried."""
 MANY_TOKENS = 1024
 """Calls of more tokens than so may be bound by bandwidth: what suits those is tried too."""
@@ -44,20 +44,21 @@ def in_force(key: Key, args: Args, options: Options, device: int) -> Choice:
 def layouts(key: Key, tokens: int) -> list[Choice]:
     """What is tried first for calls of `key` with so many tokens."""
     early = (False, True) if tokens <= EARLY_TOKENS else (False,)
+    many = tokens >= MANY_TOKENS
+    loads = {"loads": "cached"} if many else {}
     found: list[Choice] = []
     if key.rotary_dim:
         rows = [n for n in (1, 2, 3, 4, 8) if key.heads_q % n == 0][:4] or [1]
         keys = [n for n in (1, 2) if n <= max(key.heads_kv, 1)]
         values = (1, 2) if key.latent_dim else (1,)
         for threads, e, q in itertools.product(THREADS, early, rows):
-            shared = {"q_rows": q, "threads": threads, "early": e}
+            shared = {"q_rows": q, "threads": threads, "early": e, **loads}
             for k, v in itertools.product(keys, values):
                 found.append(shared | {"k_rows": k, "v_rows": v})
             found.append(shared | {"joint": True})
         return found + _shorter(found, tokens)
-    many = tokens >= MANY_TOKENS
     for threads, e in itertools.product((32, *THREADS) if many else THREADS, early):
-        shared = {"threads": threads, "early": e}
+        shared = {"threads": threads, "early": e, **loads}
         if key.latent_dim and key.row_format == "model":
             found += [shared | {"lanes": lanes} for lanes in LANES]
         else:
@@ -83,7 +84,8 @@ def refinements(key: Key, tokens: int, choice: Choice) -> list[Choice]:
     """What is tried with the best of them."""
     if choice.get("bulk"):
         return []
-    found: list[Choice] = [{**choice, "loads": loads} for loads in LOADS[1:]]
+    tried = choice.get("loads", "plain")
+    found: list[Choice] = [{**choice, "loads": loads} for loads in LOADS if loads != tried]
     if key.rotary_dim and tokens >= MANY_TOKENS:
         found += [{**choice, "loads": loads, "ahead": False} for loads in LOADS]
     return found

@@ -15,9 +15,9 @@ BULK_BYTES = 48 << 10
 WARP = 32
 MOST_THREADS = 1024
 EMPTY: Mapping[str, str] = MappingProxyType({})
-LOADS = ("plain", "drop_first", "line")
-"""What L2 does with rows that are read once: nothing special; drop them before others; fetch their
-whole lines of 128 bytes."""
+LOADS = ("plain", "drop_first", "line", "cached")
+"""How rows are read: past L1, with which L2 does nothing special, drops them before others, or
+fetches their whole lines of 128 bytes; or through L1, which suits calls bound by bandwidth."""
 VECTORS = (4, 8, VECTOR_BYTES, LONG_VECTOR_BYTES)
 
 
