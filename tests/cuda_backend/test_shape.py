@@ -69,7 +69,7 @@ def test_rules_hold_for_what_was_not_measured() -> None:
         call.tokens = tokens
         shapes[tokens] = shape_of(call, "sm_90", 132, DEVICE)
     assert (shapes[1].early, shapes[32768].early) == (True, False)
-    assert shapes[32768].loads == "line"
+    assert shapes[32768].loads == "cached"
     call.tokens = 1
     assert not shape_of(call, "sm_80", 132, DEVICE).early
 

@@ -39,7 +39,7 @@ def check_tuning(table: tuning.Table) -> None:
             checked(choice)
             _whole(name, held)
     checked({"loads": rules.get("loads", "plain")})
-    for name in ("short_row_bytes", "early_copied", "ahead_turned"):
+    for name in ("short_row_bytes", "early_copied"):
         _whole(name, rules.get(name, 0))
     bulk = rules.get("bulk")
     if bulk is not None:
@@ -62,12 +62,7 @@ def _by_rules(call: Call, processors: int, rules: dict[str, Any]) -> tuning.Choi
             if threads <= processors * held:
                 return dict(choice)
         short = call.key.head_dim * SIZES[call.formats["Model"]] <= rules.get("short_row_bytes", 0)
-        held = call.tokens * threads_per_token(call, Shape())
-        return {
-            "q_rows": 1 if short else 2,
-            "loads": rules.get("loads", "plain"),
-            "ahead": held <= processors * rules.get("ahead_turned", held),
-        }
+        return {"q_rows": 1 if short else 2, "loads": rules.get("loads", "plain")}
     if call.integers.get("JOINED"):
         for choice, tokens in rules.get("joined", ()):
             if call.tokens <= tokens * processors:
@@ -81,4 +76,6 @@ def _by_rules(call: Call, processors: int, rules: dict[str, Any]) -> tuning.Choi
             return {"bulk": True, "threads": rows, "early": early}
     threads = 64 if rules and call.tokens <= processors else 128
     held = call.tokens * threads_per_token(call, Shape(threads=threads))
-    return {"threads": threads, "early": held <= processors * rules.get("early_copied", 0)}
+    if held <= processors * rules.get("early_copied", 0):
+        return {"threads": threads, "early": True}
+    return {"threads": threads, "loads": rules.get("loads", "plain")}
