@@ -21,7 +21,7 @@ CORE = METAL.parent / "csrc"
 HOST = ("rope_pool.cpp", "eval_cpu.cpp", "eval_gpu.cpp")
 CORE_SOURCES = (
     *("gnu_openmp.cpp", "isa.cpp", "kernels_baseline.cpp", "kernels_neon.cpp"),
-    *("plan.cpp", "run.cpp", "thread_pool.cpp"),
+    *("plan.cpp", "pool_rows.cpp", "run.cpp", "thread_pool.cpp"),
 )
 TARGET = ("-target", "aarch64-macos.14.0", "-std=c++20", "-O1", "-Wall", "-Wextra")
 
