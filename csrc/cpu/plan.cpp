@@ -15,8 +15,8 @@ constexpr std::int64_t kPieces = 8;
 constexpr std::int64_t kPiecesPerThread = 2;
 constexpr std::int64_t kLeastPieceBytes = 8 * 1024;
 constexpr std::int64_t kMostPieceBytes = 1024 * 1024;
-// Bytes written to the pool above which they go past the caches: pool rows that are free have not been touched for long,
-// and an ordinary store would first read them.
+// Bytes written to the pool above which they may go past the caches: pool rows that are free have not been touched for
+// long, and an ordinary store would first read them.
 constexpr std::int64_t kStreamBytes = 16 * 1024;
 
 }  // namespace

@@ -33,6 +33,10 @@ private:
     // Units of work that one of `threads` takes at once.
     std::int64_t grain(int threads) const;
 
+    // Whether short rows of the pool are written each somewhere else, as when sequences decode together; told by the
+    // first two tokens, for it decides about speed alone.
+    bool scattered(const Pointers& pointers) const;
+
     static Route route(const Plane& plane, DType source, std::int64_t dim, bool computed);
 
     Call call_;

@@ -183,12 +183,17 @@ LARGE: list[dict[str, Any]] = [
     {"op": "rope_store_kv_", "dtype": "float32", "tokens": 280},
     {"op": "rope_store_kv_", "pool_dtype": FP8[0], "k_scale": "head", "tokens": 1100},
     {"op": "rope_store_mla_", "tokens": 4000, "heads_q": 1, "head_dim": 64, "pages": 1000},
+    {"op": "store_kv_", "heads_kv": 2},
+    {"op": "store_kv_", "heads_kv": 2, "layout": "HND", "pool_strides": "kv"},
+    {"op": "rope_store_kv_", "heads_kv": 2},
+    {"op": "rope_store_kv_", "heads_kv": 2, "layout": "HND", "k_norm": "model", "write_k": True},
 ]
 
 
 @pytest.mark.parametrize("fields", LARGE, ids=str)
 def test_stores_larger_than_the_caches(fields: dict[str, Any], backend: Backend) -> None:
-    """More than 4 MiB into the pool: a kernel may write past the caches, whole lines at a time."""
+    """2 to 5 MiB into the pool, in rows of less and of more than a page of memory: a kernel may
+    write past the caches, whole lines at a time."""
     if backend.name == "reference":
         pytest.skip("plain torch writes all sizes alike")
     base = Case(tokens=560, heads_q=4, heads_kv=4, head_dim=512, pages=280, mistakes=True, seed=3)
