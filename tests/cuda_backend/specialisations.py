@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ PROCESSORS = 132
 DEVICE = "NVIDIA H200"
 """A device with a tuning table, so that every kind of layout is compiled."""
 HEADS = ["32x8x128", "64x8x128", "8x1x128", "64x8x64", "40x8x128", "16x16x128", "9x3x64"]
+ALIGNMENTS = (16, 4, 1)
+"""Of the addresses of the grid's calls, in bytes."""
 Bound = tuple[Key, tuple[Any, ...], Options]
 
 
@@ -63,6 +67,33 @@ def grid_cases() -> list[Case]:
 def grid_calls() -> dict[str, Bound]:
     """Those cases as the backend sees them."""
     return {str(case): bound(case.op, arguments(case)) for case in grid_cases()}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A specialisation that a call of the grid asks for at addresses that are multiples of `align`.
+    `texts` is a digest of its text for each architecture."""
+
+    name: str
+    case: str
+    align: int
+    texts: str
+
+    def text(self, arch: str) -> str:
+        """The kernel's text for `arch`."""
+        return source(grid_calls()[self.case], arch, self.align)
+
+
+@functools.cache
+def grid() -> list[Grid]:
+    """All of them, each once, under the name of the first call."""
+    found: dict[str, Grid] = {}
+    for align in ALIGNMENTS:
+        for case, call in grid_calls().items():
+            texts = "\0".join(source(call, arch, align) for arch in ARCHITECTURES)
+            digest = hashlib.sha256(texts.encode()).hexdigest()[:16]
+            found.setdefault(digest, Grid(f"{case} at {align}", case, align, digest))
+    return list(found.values())
 
 
 @functools.cache

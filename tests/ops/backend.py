@@ -30,9 +30,14 @@ def required_backends() -> set[str]:
     return {name for name in os.environ.get("ROPOOL_REQUIRE_BACKENDS", "").split(",") if name}
 
 
+def compiler_required(name: str) -> bool:
+    """Whether `ROPOOL_REQUIRE_COMPILERS` (`nvrtc,triton,clang`) has it."""
+    return name in os.environ.get("ROPOOL_REQUIRE_COMPILERS", "").split(",")
+
+
 def without_compiler(name: str, reason: str) -> NoReturn:
-    """Skip the test, or fail it where `ROPOOL_REQUIRE_COMPILERS` (`nvrtc,triton,clang`) has it."""
-    if name in os.environ.get("ROPOOL_REQUIRE_COMPILERS", "").split(","):
+    """Skip the test, or fail it where the compiler is required."""
+    if compiler_required(name):
         pytest.fail(f"compiler {name} is required here: {reason}")
     pytest.skip(f"compiler {name}: {reason}")
 
