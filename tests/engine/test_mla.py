@@ -137,7 +137,9 @@ def rounded(rows: Tensor, dtype: CacheDtype) -> Tensor:
         return (rows / SCALE).to(dtype).float() * SCALE
     latent, rope = rows.split([512, 64], -1)
     tiles = latent.unflatten(-1, (4, 128))
-    scale = tiles.abs().amax(-1, keepdim=True) / 448.0
+    largest = tiles.abs().amax(-1, keepdim=True)
+    # By a tensor: PyTorch multiplies by the inverse of a number on a GPU, which rounds otherwise.
+    scale = largest / torch.full_like(largest, 448.0)
     tiles = (tiles / scale).to(E4M3).float() * scale
     return torch.cat([tiles.flatten(-2), rope.bfloat16().float()], -1)
 

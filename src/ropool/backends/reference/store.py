@@ -101,7 +101,9 @@ def packed_rows(latent: Tensor, rope: Tensor) -> Tensor:
     """
     tiles = latent.unflatten(-1, (-1, LATENT_TILE))
     largest = tiles.abs().nan_to_num(nan=0.0, posinf=torch.finfo(torch.float32).max).amax(dim=-1)
-    scales = (largest / FP8_MAX[torch.float8_e4m3fn]).clamp_min(torch.finfo(torch.float32).tiny)
+    # By a tensor: PyTorch multiplies by the inverse of a number on a GPU, which rounds otherwise.
+    scales = largest / torch.full_like(largest, FP8_MAX[torch.float8_e4m3fn])
+    scales = scales.clamp_min(torch.finfo(torch.float32).tiny)
     quantised = to_storage(tiles / scales.unsqueeze(-1), torch.float8_e4m3fn, None).flatten(-2)
     parts = (quantised, scales, rope.to(torch.bfloat16))
     return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=-1)
