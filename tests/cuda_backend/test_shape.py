@@ -83,6 +83,7 @@ def test_rules_hold_for_what_was_not_measured() -> None:
         ({"threads": 2048}, "threads is 2048; allowed: 1 to 1024"),
         ({"v_rows": "2"}, "v_rows is '2'; allowed: 1 to 8"),
         ({"vector_bytes": 2}, "vector_bytes is 2; allowed: 4, 8, 16, 32"),
+        ({"vector_bytes": 8.0}, "vector_bytes is 8.0; allowed: 4, 8, 16, 32"),
         ({"loads": "fast"}, "loads is 'fast'; allowed: plain, drop_first, line, cached"),
         ({"columns": 2}, "unexpected keyword argument 'columns'"),
     ],

@@ -290,6 +290,29 @@ def test_a_launch_that_other_settings_have_overtaken_is_not_remembered(
         assert len(rope.OP.launches) == 1
 
 
+def test_a_call_while_all_is_forgotten_finds_no_old_decision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when another thread makes it between two of the tables."""
+    args = rope_arguments()
+
+    class Between:
+        def clear(self) -> None:
+            ropool.rope_(*args)
+
+        def __len__(self) -> int:
+            return 0
+
+    ropool.rope_(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_tables", [*cache._tables, Between()])
+        stack = contextlib.ExitStack()
+        stack.enter_context(settings.override(backend="reference"))
+    with stack:
+        ropool.rope_(*args)
+        assert cache.chosen == {"rope_": "reference/rope"}
+
+
 def test_an_error_in_a_launch_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(args: Any) -> None:
         raise KeyError(f"launched with {len(args)}")

@@ -49,7 +49,9 @@ def launches() -> int:
 def clear() -> None:
     """Forget every decision, those included that other threads are about to make."""
     global selections
-    for table in _tables:
-        table.clear()
+    # Launches last: one that is bound after they are forgotten is remembered, so it must not find
+    # an old selection.
     selections = {}
     chosen.clear()
+    for table in _tables:
+        table.clear()

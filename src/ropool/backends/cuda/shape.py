@@ -57,7 +57,7 @@ def checked(choice: tuning.Choice) -> Shape:
         value = getattr(shape, name)
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"ropool: tuning choice: {name} is {value!r}; allowed: 1 to {most}")
-    if shape.vector_bytes not in VECTORS:
+    if type(shape.vector_bytes) is not int or shape.vector_bytes not in VECTORS:
         allowed = ", ".join(map(str, VECTORS))
         raise ValueError(
             f"ropool: tuning choice: vector_bytes is {shape.vector_bytes!r}; allowed: {allowed}"
