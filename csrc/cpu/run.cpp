@@ -349,8 +349,11 @@ private:
 
 bool Plan::scattered(const Pointers& pointers) const {
     if (call_.v.heads * call_.v.dim * size_of(call_.v_pool.dtype) >= kMemoryPage) return false;
-    return call_.tokens < 2 ||
-           read_index(call_.slots, pointers.slots, 1) != read_index(call_.slots, pointers.slots, 0) + 1;
+    // Unsigned: an entry that is no slot may be the largest number.
+    const auto entry = [&](std::int64_t t) {
+        return static_cast<std::uint64_t>(read_index(call_.slots, pointers.slots, t));
+    };
+    return call_.tokens < 2 || entry(1) != entry(0) + 1;
 }
 
 void Plan::run(const Pointers& pointers, int threads) const {
