@@ -9,7 +9,7 @@ import pytest
 
 from cuda_backend.specialisations import DEVICE, bound
 from ops.calls import Case, arguments
-from ropool.backends.cuda.choose import shape_of
+from ropool.backends.cuda.choose import _by_rules, check_tuning, shape_of
 from ropool.backends.cuda.grid import threads_per_token
 from ropool.backends.cuda.launch import describe
 from ropool.backends.cuda.shape import (
@@ -92,6 +92,18 @@ def test_a_choice_that_no_kernel_has_is_refused(choice: dict[str, Any], message:
     with pytest.raises(ValueError, match="ropool: tuning choice") as caught:
         checked(choice)
     assert message in str(caught.value)
+
+
+def test_a_rule_of_another_version_changes_nothing() -> None:
+    """A user's table outlives the rules that it came with."""
+    known = tuning.table_of("cuda", DEVICE)
+    rules = {**known.rules, "ahead_turned": 6144, "of_another_version": [{"fields": 3}, "x"]}
+    check_tuning(tuning.Table("cuda", DEVICE, rules=rules))
+    for case in (KV, STORE):
+        for tokens in (1, 300, 32768):
+            call = described(case)
+            call.tokens = tokens
+            assert _by_rules(call, 132, rules) == _by_rules(call, 132, known.rules)
 
 
 BULK = Shape(threads=4, dependent=True, bulk=True)
