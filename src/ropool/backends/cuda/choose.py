@@ -55,7 +55,8 @@ def _whole(name: str, value: object) -> None:
 
 def _by_rules(call: Call, processors: int, rules: dict[str, Any]) -> tuning.Choice:
     """What holds for calls without an entry of their own. The rules of a table count threads and
-    tokens a multiprocessor, so that they follow the size of the call."""
+    tokens a multiprocessor, so that they follow the size of the call: threads with the longest
+    vectors, whatever the rule's own are."""
     if call.key.rotary_dim:
         for choice, held in rules.get("early_turned", ()):
             threads = call.tokens * threads_per_token(call, checked(choice))
