@@ -1,8 +1,7 @@
 """What NVRTC makes of the kernels, for GPUs that need not be there.
 
-`python -m cuda_backend.machine_code` in tests/ writes `machine_code.csv`, of the kernels of models,
-and what has changed of `machine_code_grid.csv`, of those of the op tests' grids; tests compare with
-both.
+`python -m cuda_backend.machine_code` in tests/ writes what has changed of `machine_code.csv`, which
+has the kernels of models and of the op tests' grids; tests compare with it.
 """
 
 from __future__ import annotations
@@ -10,17 +9,15 @@ from __future__ import annotations
 import csv
 import struct
 import sys
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from cuda_backend.specialisations import ARCHITECTURES, Grid, grid, model_calls, source
+from cuda_backend.specialisations import ARCHITECTURES, Specialisation, specialisations
 
 TABLE = Path(__file__).with_suffix(".csv")
-GRID_TABLE = TABLE.with_name("machine_code_grid.csv")
 VERSION = (13, 4)
-"""The NVRTC that made the tables."""
+"""The NVRTC that made the table."""
 
 
 @dataclass(frozen=True)
@@ -36,36 +33,18 @@ class Code:
         return self.registers > other.registers or self.stack > other.stack
 
 
-def compiled(case: str, arch: str) -> Code:
+def compiled(one: Specialisation, arch: str) -> Code:
     """Compile one kernel for one architecture."""
-    from ropool.backends.cuda import compile
-
-    cubin = compile.compile_cubin(source(model_calls()[case], arch), arch)
-    return Code(case, arch, **resources(cubin))
-
-
-def recorded() -> dict[tuple[str, str], Code]:
-    """The table."""
-    with TABLE.open(newline="") as file:
-        rows = [
-            Code(row["case"], row["arch"], int(row["registers"]), int(row["stack"]))
-            for row in csv.DictReader(file)
-        ]
-    return {(row.case, row.arch): row for row in rows}
-
-
-def compiled_for_grid(one: Grid, arch: str) -> Code:
-    """Compile one kernel of the grid for one architecture."""
     from ropool.backends.cuda import compile
 
     return Code(one.name, arch, **resources(compile.compile_cubin(one.text(arch), arch)))
 
 
-def recorded_grid() -> dict[tuple[str, str], Code]:
-    """The table of the grid, by the digest of a kernel's texts and the architecture."""
-    if not GRID_TABLE.exists():
+def recorded() -> dict[tuple[str, str], Code]:
+    """The table, by the digest of a kernel's texts and the architecture."""
+    if not TABLE.exists():
         return {}
-    with GRID_TABLE.open(newline="") as file:
+    with TABLE.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return {
         (row["texts"], arch): Code(row["case"], arch, *map(int, row[arch].split("+")))
@@ -74,24 +53,22 @@ def recorded_grid() -> dict[tuple[str, str], Code]:
     }
 
 
-def write_grid() -> None:
-    """Write the table of the grid. What stands there is not compiled again: a text has but one
-    machine code."""
-    known = recorded_grid()
-    wanted = [
-        (one, arch) for one in grid() for arch in ARCHITECTURES if (one.texts, arch) not in known
-    ]
+def write() -> None:
+    """Write the table. What stands there is not compiled again: a text has but one machine code."""
+    known, every = recorded(), specialisations()
+    wanted = [(one, arch) for one in every for arch in ARCHITECTURES]
+    wanted = [(one, arch) for one, arch in wanted if (one.texts, arch) not in known]
     with ProcessPoolExecutor() as pool:
         ones, archs = [one for one, _ in wanted], [arch for _, arch in wanted]
-        codes = pool.map(compiled_for_grid, ones, archs, chunksize=8)
+        codes = pool.map(compiled, ones, archs, chunksize=8)
         for count, ((one, arch), code) in enumerate(zip(wanted, codes, strict=True), 1):
             known[one.texts, arch] = code
             if count % 100 == 0:
                 print(f"{count} of {len(wanted)}", file=sys.stderr, flush=True)
-    with GRID_TABLE.open("w", newline="") as file:
+    with TABLE.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["case", "texts", *ARCHITECTURES])
-        for one in grid():
+        for one in every:
             row = [known[one.texts, arch] for arch in ARCHITECTURES]
             codes_of_row = [f"{code.registers}+{code.stack}" for code in row]
             writer.writerow([one.name, one.texts, *codes_of_row])
@@ -123,14 +100,5 @@ def resources(cubin: bytes) -> dict[str, int]:
     return found
 
 
-def write(codes: Iterable[Code]) -> None:
-    """Write the table."""
-    with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Code)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(map(asdict, codes))
-
-
 if __name__ == "__main__":
-    write(compiled(case, arch) for case in model_calls() for arch in ARCHITECTURES)
-    write_grid()
+    write()

@@ -70,29 +70,31 @@ def grid_calls() -> dict[str, Bound]:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """A specialisation that a call of the grid asks for at addresses that are multiples of `align`.
+class Specialisation:
+    """What a call asks for at addresses that are multiples of `align`, or of the longest vector.
     `texts` is a digest of its text for each architecture."""
 
     name: str
     case: str
-    align: int
+    align: int | None
     texts: str
 
     def text(self, arch: str) -> str:
         """The kernel's text for `arch`."""
-        return source(grid_calls()[self.case], arch, self.align)
+        return source((model_calls() | grid_calls())[self.case], arch, self.align)
 
 
 @functools.cache
-def grid() -> list[Grid]:
-    """All of them, each once, under the name of the first call."""
-    found: dict[str, Grid] = {}
+def specialisations() -> list[Specialisation]:
+    """Those of models and of the grid, each once, under the name of the first call."""
+    wanted = [(case, case, None, call) for case, call in model_calls().items()]
     for align in ALIGNMENTS:
-        for case, call in grid_calls().items():
-            texts = "\0".join(source(call, arch, align) for arch in ARCHITECTURES)
-            digest = hashlib.sha256(texts.encode()).hexdigest()[:16]
-            found.setdefault(digest, Grid(f"{case} at {align}", case, align, digest))
+        wanted += [(f"{case} at {align}", case, align, call) for case, call in grid_calls().items()]
+    found: dict[str, Specialisation] = {}
+    for name, case, align, call in wanted:
+        texts = "\0".join(source(call, arch, align) for arch in ARCHITECTURES)
+        digest = hashlib.sha256(texts.encode()).hexdigest()[:16]
+        found.setdefault(digest, Specialisation(name, case, align, digest))
     return list(found.values())
 
 
